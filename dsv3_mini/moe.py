@@ -1,0 +1,150 @@
+"""Mixture of experts: many small feed-forwards, of which each token uses a few (report 2.1.2).
+
+Why: 97 % of V3's parameters are routed experts, and a token pays for 8 of 256 a layer. The router
+scores every expert with a sigmoid (eq 15), a bias per expert decides together with the score who
+is *chosen*, and the score alone decides how much a chosen expert *counts* (eq 16): so the bias
+can balance the load without touching what the model computes. Choice is limited to the best 4 of
+8 groups, each group living on one node, so that a token crosses to at most 4 nodes. One shared
+expert runs for every token, un-routed and un-gated (eq 12).
+
+Two dispatches, equal by test: ``dense`` runs every expert on every token and weighs most by zero;
+sorted (the default) groups tokens by expert and runs each expert once. No token is ever dropped.
+
+Legend: B batch, T tokens, D hidden, E experts, K chosen, G groups, F expert width, N = B x T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.layers import SwiGLU
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for B x T tokens: raw affinities, who was chosen, and their gates."""
+
+    scores_BTE: Tensor
+    indices_BTK: Tensor
+    weights_BTK: Tensor
+
+    def counts(self) -> Tensor:
+        """How many tokens each expert received: (E,) int64, summing to B x T x K."""
+        return torch.bincount(self.indices_BTK.flatten(), minlength=self.scores_BTE.shape[-1])
+
+
+class Gate(nn.Module):
+    """The router. ``e_score_correction_bias`` is a buffer: moved by a rule, never by a gradient."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Gate:
+        # In bf16 a step of 0.001 is lost near 1: the bias changes device, never dtype.
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        after = self.e_score_correction_bias
+        self.e_score_correction_bias = after.float() if before.is_meta else before.to(after.device)
+        return self
+
+    def groups(self, choice_BTE: Tensor) -> Tensor:
+        """Which groups survive, (B, T, G) bool: the ``topk_group`` with the best top-two sums."""
+        config = self.config
+        by_group = choice_BTE.unflatten(-1, (config.n_group, -1))
+        rank_BTG = by_group.topk(min(2, by_group.shape[-1]), dim=-1).values.sum(dim=-1)
+        best = rank_BTG.topk(config.topk_group, dim=-1).indices
+        return torch.zeros_like(rank_BTG, dtype=torch.bool).scatter(-1, best, True)
+
+    def forward(self, x_BTD: Tensor) -> Routing:
+        """Route tokens (B, T, D). Source: report eqs 13-16; scores in fp32."""
+        config = self.config
+        wide = torch.promote_types(x_BTD.dtype, torch.float32)
+        scores_BTE = F.linear(x_BTD.to(wide), self.weight.to(wide)).sigmoid()
+        with torch.no_grad():
+            choice_BTE = scores_BTE + self.e_score_correction_bias
+            if config.topk_group < config.n_group:
+                keep_BTG = self.groups(choice_BTE)
+                keep_BTE = keep_BTG.repeat_interleave(config.n_routed_experts // config.n_group, -1)
+                # Not 0: with negative biases a masked expert at 0 would win.
+                choice_BTE = choice_BTE.masked_fill(~keep_BTE, float("-inf"))
+            indices_BTK = choice_BTE.topk(config.num_experts_per_tok, dim=-1).indices
+        weights_BTK = scores_BTE.gather(-1, indices_BTK)
+        if config.norm_topk_prob:
+            # Sigmoids can underflow together; the tiny term keeps 0 / 0 away.
+            weights_BTK = weights_BTK / (weights_BTK.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routing(scores_BTE, indices_BTK, weights_BTK * config.routed_scaling_factor)
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: gate_proj and up_proj (E, F, D), down_proj (E, D, F).
+
+    The official checkpoint stores them one by one; ``checkpoint`` stacks and unstacks.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, inner, hidden = (
+            config.n_routed_experts, config.moe_intermediate_size, config.hidden_size,
+        )  # fmt: skip
+        self.gate_proj = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.up_proj = nn.Parameter(torch.empty(experts, inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+
+    def one(self, expert: int, x_ND: Tensor) -> Tensor:
+        """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D)."""
+        gate = F.silu(F.linear(x_ND, self.gate_proj[expert]))
+        return F.linear(gate * F.linear(x_ND, self.up_proj[expert]), self.down_proj[expert])
+
+    def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Each token through its K experts, weighted and summed: (N, D). Sorted by expert."""
+        flat = indices_NK.flatten()
+        order = flat.argsort(stable=True)
+        token = order // indices_NK.shape[1]
+        counts = torch.bincount(flat, minlength=self.gate_proj.shape[0]).tolist()
+        chunks = x_ND[token].split(counts)
+        outs = [self.one(e, chunk) for e, chunk in enumerate(chunks) if counts[e]]
+        gates = weights_NK.flatten()[order, None].to(x_ND.dtype)
+        return torch.zeros_like(x_ND).index_add(0, token, torch.cat(outs) * gates)
+
+    def dense(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """The same by brute force, as eq 12 reads: every expert on every token, most gates zero."""
+        gates_NE = x_ND.new_zeros(x_ND.shape[0], self.gate_proj.shape[0])
+        gates_NE = gates_NE.scatter(1, indices_NK, weights_NK.to(x_ND.dtype))
+        every = [self.one(e, x_ND) * gates_NE[:, e, None] for e in range(gates_NE.shape[1])]
+        return torch.stack(every).sum(dim=0)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and the shared expert: the feed-forward of layers 3 to 60 of V3."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x_BTD: Tensor, dense: bool = False) -> tuple[Tensor, Routing]:
+        """(B, T, D) to (B, T, D) and what the router decided. Source: report eq 12."""
+        routing = self.gate(x_BTD)
+        dispatch = self.experts.dense if dense else self.experts
+        tokens = (x_BTD, routing.indices_BTK, routing.weights_BTK)
+        out_BTD: Tensor = dispatch(*(t.flatten(0, 1) for t in tokens)).view_as(x_BTD)
+        if self.shared_experts is not None:
+            out_BTD = out_BTD + self.shared_experts(x_BTD)
+        return out_BTD, routing
