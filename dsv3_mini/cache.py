@@ -88,7 +88,8 @@ class Cache:
         if not 0 <= length <= self.length:
             raise CacheError(f"cannot truncate to {length}; expected 0 to {self.length} tokens")
         if length < self.length:
-            self.carry = None
+            for cache in (self, *self.mtp):  # a depth that holds no token yet may have one, too
+                cache.carry = None
         self.length = length
         for depth, cache in enumerate(self.mtp, start=1):
             cache.truncate(min(cache.length, max(length - depth, 0)))
