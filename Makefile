@@ -1,0 +1,37 @@
+# Each target is one documented command, run in .venv. Without make:
+#   python3 -m venv .venv && . .venv/bin/activate
+#   pip install -r requirements.txt -c constraints.txt
+# and then the command of the target below. Paths are relative, so that a space in the folder's
+# name does no harm.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
+
+.PHONY: help lab test notebooks figures clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
+
+lab: .venv/.ready ## open JupyterLab on the first notebook (loopback only, token on)
+	$(RUN) -m jupyterlab --ip=127.0.0.1 $(AS_ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
+
+test: .venv/.ready ## lint, types, unit tests, every notebook against its committed outputs
+	$(RUN) -m tests
+
+notebooks: .venv/.ready ## re-execute every notebook in place, ready to commit
+	$(RUN) -m tests.notebooks.execute
+
+figures: .venv/.ready ## redraw everything in figures/
+	$(RUN) -m dsv3_mini.viz.figures
+
+clean: ## remove .venv and all caches
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.ready: requirements.txt constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("dsv3_mini needs Python 3.11 or newer, and %s is %s. Name another: make PYTHON=python3.12 ..." % (sys.executable, sys.version.split()[0]))'
+	@echo "Installing into .venv: 1.5 GB, a few minutes the first time ..."
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""What keeps the committed notebooks true: how they are executed, compared and judged."""
