@@ -1,0 +1,186 @@
+"""A training run on disk that can be killed at any moment and goes on with the same weights.
+
+Why a folder a save: model and optimizer must be from the same step. Each save is written beside
+its target (``.step-000100.writing``) and renamed once complete; only then is the older one
+deleted. Whatever instant a run dies at, one complete save exists. The model part of it is an
+ordinary checkpoint, which ``load_pretrained`` and transformers read; optimizer moments are
+safetensors too, so nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsv3_mini.checkpoint import load_pretrained, replace_folder, save_pretrained
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.data import Corpus
+from dsv3_mini.model import Transformer
+from dsv3_mini.train import Record, TrainConfig, TrainState, new_state
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class ResumeError(ValueError):
+    """A run folder that does not belong to this command, or that is damaged."""
+
+
+class Run:
+    """A model, its training state, and the folder that they are saved in.
+
+    ``Run.open`` starts or resumes; ``save`` writes the current step; ``log`` appends to log.jsonl.
+    """
+
+    def __init__(
+        self, folder: Path, model: Transformer, state: TrainState, config: TrainConfig, data: str
+    ) -> None:
+        self.folder, self.model, self.state, self.config = folder, model, state, config
+        self.data = data
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike[str], model_config: ModelConfig, config: TrainConfig,
+        corpus: Corpus, device: str = "cpu",
+    ) -> Run:  # fmt: skip
+        """Resume the run in ``folder``, or start one there. Raises ResumeError.
+
+        A run is resumed only with the very configs and text that it was started with.
+        """
+        folder, data = Path(folder), fingerprint(corpus)
+        if folder.exists() and not folder.is_dir():
+            raise ResumeError(f"{folder} is a file; expected the name of a folder for this run")
+        saves = sorted(folder.glob("step-*"))
+        if folder.is_dir() and not saves:
+            strange = [p.name for p in folder.iterdir() if p.name != "log.jsonl"]
+            strange = [name for name in strange if not name.endswith((".writing", ".old"))]
+            if strange:
+                raise ResumeError(f"{folder} holds {strange[:3]} and no run; choose a new folder")
+        if saves:
+            run = cls._load(saves[-1], model_config, config, data, device)
+        else:
+            torch.manual_seed(config.seed)
+            model = Transformer(model_config).to(device)
+            run = cls(folder, model, new_state(model, config), config, data)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ResumeError(f"cannot make {folder} ({error}); choose another place") from None
+        run._trim_log()
+        return run
+
+    @classmethod
+    def _load(
+        cls, save: Path, model_config: ModelConfig, config: TrainConfig, data: str, device: str
+    ) -> Run:
+        try:
+            saved = json.loads((save / "train.json").read_text(encoding="utf-8"))
+            tensors = load_file(save / "optimizer.safetensors", device=device)
+            found = {**saved["train"], **ModelConfig.from_hf(save).to_hf(), "data": saved["data"]}
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise ResumeError(f"{save} is damaged ({error}); delete it to start again") from None
+        wanted = {**dataclasses.asdict(config), **model_config.to_hf(), "data": data}
+        changed = [
+            f"{name} was {found.get(name)!r} and is now {value!r}"
+            for name, value in wanted.items()
+            if found.get(name) != value
+        ]
+        if changed:
+            raise ResumeError(
+                f"{save.parent} was started differently: {'; '.join(changed[:4])}. Use the same "
+                "options (and the same Python for the same text), or another --out"
+            )
+        model = load_pretrained(save, device=device)
+        state = new_state(model, config)
+        state.step = saved["step"]
+        _restore(model, state, tensors, save)
+        return cls(save.parent, model, state, config, data)
+
+    @property
+    def latest(self) -> Path:
+        """The folder of the current step's save."""
+        return self.folder / f"step-{self.state.step:06d}"
+
+    def save(self) -> None:
+        """Write model, optimizer and step; drop older saves once this one is complete."""
+        target = self.latest
+        beside = target.with_name(f".{target.name}.writing")
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            save_pretrained(self.model, beside)
+            save_file(_moments(self.model, self.state), beside / "optimizer.safetensors")
+            about: dict[str, Any] = {
+                "step": self.state.step,
+                "train": dataclasses.asdict(self.config),
+                "data": self.data,
+            }
+            (beside / "train.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            replace_folder(beside, target)
+            for older in self.folder.glob("step-*"):
+                if older != target:
+                    shutil.rmtree(older, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise ResumeError(f"cannot save into {self.folder} ({error})") from error
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    def log(self, record: Record) -> None:
+        """Append one record to ``log.jsonl``."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.scalars()) + "\n")
+
+    def _trim_log(self) -> None:
+        # Steps after the last save are done again, so their lines would stand twice.
+        path = self.folder / "log.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= self.state.step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        beside = path.with_name(".log.jsonl.writing")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, path)
+
+
+def fingerprint(corpus: Corpus) -> str:
+    """A digest of every training token, so that a run is not resumed on other text."""
+    digest = hashlib.sha256()
+    for domain in corpus.domains:
+        digest.update(domain.encode() + corpus.train[domain].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _moments(model: Transformer, state: TrainState) -> dict[str, Tensor]:
+    named = {}
+    for name, parameter in model.named_parameters():
+        for kind in MOMENTS:
+            named[f"{kind}.{name}"] = state.optimizer.state[parameter][kind].cpu().contiguous()
+    return named
+
+
+def _restore(
+    model: Transformer, state: TrainState, tensors: dict[str, Tensor], save: Path
+) -> None:
+    for name, parameter in model.named_parameters():
+        for kind in MOMENTS:
+            tensor = tensors.pop(f"{kind}.{name}", None)
+            shape = () if kind == "step" else tuple(parameter.shape)
+            if tensor is None or tuple(tensor.shape) != shape:
+                raise ResumeError(
+                    f"{save / 'optimizer.safetensors'} has no {kind} of shape {shape} for {name}; "
+                    "delete this save to start again"
+                )
+            state.optimizer.state[parameter][kind] = tensor
