@@ -29,6 +29,7 @@ from dsv3_mini.model import Transformer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_COPIES = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 
 
 class CheckpointError(ValueError):
@@ -66,8 +67,10 @@ def save_pretrained(
         raise CheckpointError("fp8=True: writing FP8 blocks is not built yet; save in bf16 or fp32")
     folder = Path(folder)
     config = {**model.config.to_hf(), "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
+    if not folder.name:
+        raise CheckpointError(f"{folder} has no name; expected a new folder inside another one")
     if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite or not (folder / "config.json").exists():
+        if not overwrite or not any((folder / file).exists() for file in (SINGLE, INDEX)):
             raise CheckpointError(
                 f"{folder} is not empty; expected a new folder, or a checkpoint and overwrite=True"
             )
@@ -81,19 +84,25 @@ def save_pretrained(
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replace_folder(beside, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
             f"cannot write {folder} ({error}); choose a folder that you may write to, with room"
         ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # an interrupt, too, leaves nothing behind
 
 
 def replace_folder(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; an older ``target`` is moved away first and then deleted."""
+    """Rename ``new`` to ``target``; an older ``target`` is deleted once that has worked."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
-    new.rename(target)
+    try:
+        new.rename(target)
+    except BaseException:
+        if old.exists():
+            old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -154,8 +163,15 @@ def load_pretrained(
         for file in sorted({header["file"] for header in found.values()}):
             with safe_open(folder / file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a dict
-                    if name in targets:
+                    if name in targets and not _COPIES.fullmatch(name):
                         targets[name].copy_(shard.get_tensor(name))
+        for name in filter(_COPIES.fullmatch, targets):
+            with safe_open(folder / found[name]["file"], framework="pt") as shard:
+                if not torch.equal(targets[name], shard.get_tensor(name).to(targets[name])):
+                    raise CheckpointError(
+                        f"{name} in {folder} differs from the main model's, which MTP shares; was "
+                        "only the main model trained on? Load with mtp=False"
+                    )
     return model.eval()
 
 
@@ -166,7 +182,7 @@ def _headers(folder: Path) -> dict[str, dict[str, Any]]:
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{folder / INDEX} is damaged ({error!r}); expected a JSON object with 'weight_map'"
             ) from None
@@ -195,9 +211,7 @@ def _headers(folder: Path) -> dict[str, dict[str, Any]]:
     return headers
 
 
-def _compare(
-    folder: Path, expected: dict[str, Tensor], found: dict[str, dict[str, Any]]
-) -> None:
+def _compare(folder: Path, expected: dict[str, Tensor], found: dict[str, dict[str, Any]]) -> None:
     problems = []
     if missing := [name for name in expected if name not in found]:
         hint = " (load with mtp=False)" if ".enorm." in "".join(missing) else ""
