@@ -59,11 +59,7 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, alpha: float = 1.0) -
     multiplied per sequence, before the mean over the batch. Source: report eqs 17-20. Eq 18 counts
     the K best *raw* scores, although routing itself uses biased ones; pass whichever you mean.
     """
-    if scores.dim() != 3 or indices.dim() != 3 or scores.shape[:2] != indices.shape[:2]:
-        raise ValueError(
-            f"scores {tuple(scores.shape)} and indices {tuple(indices.shape)} given; expected "
-            "(batch, seq, experts) and (batch, seq, chosen)"
-        )
+    _check_routing(scores, indices)
     experts, chosen = scores.shape[-1], indices.shape[-1]
     picked_BTE = torch.zeros_like(scores).scatter(-1, indices, 1.0)
     f_BE = picked_BTE.mean(dim=1) * (experts / chosen)
@@ -73,4 +69,14 @@ def sequence_balance_loss(scores: Tensor, indices: Tensor, alpha: float = 1.0) -
 
 def batch_balance_loss(scores: Tensor, indices: Tensor, alpha: float = 1.0) -> Tensor:
     """The same over the whole batch as if it were one sequence (report 4.5.3, 'batch-wise')."""
+    _check_routing(scores, indices)
     return sequence_balance_loss(scores.flatten(0, 1)[None], indices.flatten(0, 1)[None], alpha)
+
+
+def _check_routing(scores: Tensor, indices: Tensor) -> None:
+    shaped = scores.dim() == indices.dim() == 3 and scores.shape[:2] == indices.shape[:2]
+    if not shaped or scores.shape[-1] < indices.shape[-1] or indices.dtype != torch.int64:
+        raise ValueError(
+            f"scores {tuple(scores.shape)} and {indices.dtype} indices {tuple(indices.shape)} "
+            "given; expected (batch, seq, experts) and int64 (batch, seq, chosen)"
+        )

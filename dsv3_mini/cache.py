@@ -39,8 +39,8 @@ class Cache:
         self, shapes: Sequence[tuple[int, ...]], batch: int, max_len: int,
         dtype: torch.dtype, device: torch.device | str,
     ) -> None:  # fmt: skip
-        if batch < 1 or max_len < 1:
-            raise CacheError(f"batch {batch} and max_len {max_len} given; expected both >= 1")
+        if any(type(size) is not int or size < 1 for size in (batch, max_len)):
+            raise CacheError(f"batch {batch!r}, max_len {max_len!r}; expected two integers >= 1")
         self.stores = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.batch = batch
         self.max_len = max_len
@@ -52,6 +52,12 @@ class Cache:
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write T tokens of one layer after ``length``; return views of all length + T tokens."""
         end = self.length + new[0].shape[-2]
+        room = [tuple(store[layer][..., self.length : end, :].shape) for store in self.stores]
+        if room != (made := [tuple(value.shape) for value in new]):
+            raise CacheError(
+                f"the model stores {made} in a layer, the cache has room for {room}: it is another "
+                "model's; make it with this model's new_cache(...)"
+            )
         views = []
         for store, value in zip(self.stores, new, strict=True):
             if value.dtype != store.dtype:
@@ -85,8 +91,8 @@ class Cache:
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens, in every layer and MTP depth."""
-        if not 0 <= length <= self.length:
-            raise CacheError(f"cannot truncate to {length}; expected 0 to {self.length} tokens")
+        if type(length) is not int or not 0 <= length <= self.length:
+            raise CacheError(f"cannot truncate to {length!r}; expected 0 to {self.length} tokens")
         if length < self.length:
             for cache in (self, *self.mtp):  # a depth that holds no token yet may have one, too
                 cache.carry = None

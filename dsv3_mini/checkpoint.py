@@ -67,6 +67,8 @@ def save_pretrained(
         raise CheckpointError("fp8=True: writing FP8 blocks is not built yet; save in bf16 or fp32")
     folder = Path(folder)
     config = {**model.config.to_hf(), "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
+    if type(max_shard_bytes) is not int or max_shard_bytes < 1:
+        raise CheckpointError(f"max_shard_bytes is {max_shard_bytes!r}; expected an integer >= 1")
     if not folder.name:
         raise CheckpointError(f"{folder} has no name; expected a new folder inside another one")
     if folder.is_dir() and any(folder.iterdir()):
@@ -157,7 +159,13 @@ def load_pretrained(
     skipped = tuple(f"model.layers.{n}." for n in range(config.num_hidden_layers, stored_layers))
     found = {n: h for n, h in files.items() if mtp or not n.startswith(skipped)}
     _compare(folder, expected, found)
-    model = model.to_empty(device=device)
+    try:
+        model = model.to_empty(device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"cannot make the model on {device!r} ({error}); expected a device that this machine "
+            "has, with room for it"
+        ) from None
     with torch.no_grad():
         targets = dict(named_weights(model))
         for file in sorted({header["file"] for header in found.values()}):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,13 @@ from typing import Any
 
 class ConfigError(ValueError):
     """A configuration that cannot describe a model; the message says which field and why."""
+
+
+def _check(name: str, value: Any, low: float, above: bool = False, whole: bool = False) -> None:
+    fits = type(value) is int or (isinstance(value, float) and not whole)
+    if not (fits and math.isfinite(value) and (value > low if above else value >= low)):
+        kind = f"{'an integer' if whole else 'a number'} {'above' if above else 'of at least'}"
+        raise ConfigError(f"{name} is {value!r}; expected {kind} {low}")
 
 
 @dataclass(frozen=True)
@@ -34,20 +42,15 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ConfigError(f"rope_scaling.factor is {self.factor}; expected >= 1: YaRN stretches")
-        if self.original_max_position_embeddings < 1:
-            raise ConfigError(
-                "rope_scaling.original_max_position_embeddings is "
-                f"{self.original_max_position_embeddings}; expected the training length, >= 1"
-            )
+        lowest = {"factor": 1, "original_max_position_embeddings": 1}
+        for field in dataclasses.fields(self):
+            name, value = f"rope_scaling.{field.name}", getattr(self, field.name)
+            _check(name, value, lowest.get(field.name, 0), whole=field.type == "int")
         if not self.beta_fast > self.beta_slow > 0:
             raise ConfigError(
-                f"rope_scaling has beta_fast {self.beta_fast} and beta_slow {self.beta_slow}; expected "
-                "beta_fast > beta_slow > 0: they are rotations over the training length, not indices"
+                f"rope_scaling has beta_fast {self.beta_fast} and beta_slow {self.beta_slow}; "
+                "expected beta_fast > beta_slow > 0: they count rotations, not indices"
             )
-        if self.mscale < 0 or self.mscale_all_dim < 0:
-            raise ConfigError("rope_scaling.mscale and mscale_all_dim must not be negative")
 
 
 @dataclass(frozen=True)
@@ -93,16 +96,16 @@ class ModelConfig:
         may_be_zero = {"first_k_dense_replace", "num_nextn_predict_layers", "n_shared_experts"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type not in ("int", "int | None") or (value is None and "None" in field.type):
-                continue
-            lowest = 0 if field.name in may_be_zero else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-                raise ConfigError(f"{field.name} is {value!r}; expected an integer >= {lowest}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a number > 0")
+            if field.type == "int" or (field.type == "int | None" and value is not None):
+                lowest = 0 if field.name in may_be_zero else 1
+                _check(field.name, value, lowest, whole=True)
+        for name in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
+            _check(name, getattr(self, name), 0, above=True)
+        _check("rope_theta", self.rope_theta, 1, above=True)
+        if type(self.norm_topk_prob) is not bool:
+            raise ConfigError(f"norm_topk_prob is {self.norm_topk_prob!r}; expected True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
-            raise ConfigError(f"rope_scaling is {self.rope_scaling!r}; expected RopeScaling or None")
+            raise ConfigError(f"rope_scaling is {self.rope_scaling!r}; expected a RopeScaling")
         self._check_attention()
         self._check_experts()
 
@@ -112,7 +115,7 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}; every key head serves equally many"
+                f"num_key_value_heads {self.num_key_value_heads}; each key head serves equally many"
             )
         name, rotated = (
             ("qk_rope_head_dim", self.qk_rope_head_dim)
@@ -134,18 +137,20 @@ class ModelConfig:
                 f"{self.n_group} equal groups; change one of them"
             )
         if self.topk_group > self.n_group:
-            raise ConfigError(f"topk_group {self.topk_group} exceeds n_group {self.n_group}")
+            raise ConfigError(
+                f"topk_group {self.topk_group} exceeds n_group {self.n_group}, the groups there are"
+            )
         group_size = self.n_routed_experts // self.n_group
         if self.topk_group < self.n_group and group_size < 2:
             raise ConfigError(
-                f"a group holds {group_size} expert; expected at least 2, because groups are ranked "
+                f"a group holds {group_size} expert; expected at least 2: groups are ranked "
                 "by the sum of their top two (report 2.1.2): use fewer groups or more experts"
             )
         reachable = self.topk_group * group_size
         if self.num_experts_per_tok > reachable:
             raise ConfigError(
-                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the {reachable} experts in "
-                f"topk_group {self.topk_group} groups of {group_size}; raise topk_group or lower it"
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds the {reachable} experts "
+                f"in topk_group {self.topk_group} groups of {group_size}; raise topk_group"
             )
 
     @property
@@ -214,9 +219,12 @@ class ModelConfig:
         Accepts both spellings of YaRN (``rope_scaling``; ``rope_parameters`` of transformers 5).
         Raises ConfigError on a missing field, a likely misspelling, or a feature V3 does not have.
         """
-        hf = dict(source) if isinstance(source, dict) else _read_json(Path(source))
-        rope = hf.get("rope_scaling") or {}
-        rope = {**rope, **(hf.get("rope_parameters") or {})}
+        hf = dict(source) if isinstance(source, dict) else _read_json(source)
+        rope: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(part := hf.get(name) or {}, dict):
+                raise ConfigError(f"{name} is {part!r}; expected an object with its numbers")
+            rope.update(part)
         values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}
         known = [f.name for f in dataclasses.fields(cls) if f.name not in ("attention",)]
         for name in known:
@@ -224,12 +232,12 @@ class ModelConfig:
                 continue
             if name not in hf:
                 close = difflib.get_close_matches(name, [k for k in hf if k not in known], 1)
-                hint = f"; it has {close[0]!r}: a misspelling?" if close else ""
-                raise ConfigError(f"config.json has no {name!r}{hint}")
+                hint = f"it has {close[0]!r}: a misspelling?" if close else "official ones do"
+                raise ConfigError(f"config.json has no {name!r}; {hint}")
             values[name] = hf[name]
         if values["rope_theta"] is None:
             raise ConfigError("config.json has no 'rope_theta' (expected 10000 for DeepSeek-V3)")
-        for name, expected in _FIXED.items():
+        for name, expected in {**_FIXED, "rope_interleave": True}.items():
             if hf.get(name, expected) != expected:
                 raise ConfigError(f"{name} is {hf[name]!r}; only {expected!r} is DeepSeek-V3")
         values["rope_scaling"] = _rope_scaling(rope)
@@ -261,22 +269,25 @@ _FIXED = {
 }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(source: object) -> dict[str, Any]:
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"source is {source!r}; expected a dict, or the path of a config.json")
+    path = Path(source)
     path = path / "config.json" if path.is_dir() else path
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; expected a config.json or its folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}); expected the official layout") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read {path} ({error}); expected an official config.json"
+        ) from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds a {type(loaded).__name__}; expected a JSON object")
     return loaded
 
 
 def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == "default" or rope.keys() <= {"rope_theta"}:
         return None
     if kind != "yarn":
         raise ConfigError(f"rope scaling type is {kind!r}; DeepSeek-V3 has 'yarn' or none")
@@ -284,4 +295,6 @@ def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     missing = [n for n in ("factor", "original_max_position_embeddings") if n not in rope]
     if missing:
         raise ConfigError(f"rope_scaling lacks {missing}; YaRN needs both")
+    if unknown := sorted(rope.keys() - {*names, "type", "rope_type", "rope_theta"}):
+        raise ConfigError(f"rope_scaling has unknown {unknown}; expected some of {names}")
     return RopeScaling(**{name: rope[name] for name in names if name in rope})

@@ -18,10 +18,14 @@ from dsv3_mini.model import Transformer
 
 def as_prompt(prompt: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """A list of ids, a (T,) or a (B, T) tensor as (B, T) int64. Raises ValueError."""
-    tokens = torch.as_tensor(prompt, device=device)
+    try:
+        tokens = torch.as_tensor(prompt, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"prompt is no tensor ({error}); expected integer tokens") from None
     if tokens.dim() == 1:
         tokens = tokens[None]
-    if tokens.dim() != 2 or not tokens.numel() or tokens.is_floating_point():
+    integer = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if tokens.dim() != 2 or not tokens.numel() or not integer:
         raise ValueError(
             f"prompt has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected at least "
             "one integer token, as a list, (seq,) or (batch, seq)"
@@ -37,6 +41,22 @@ def choose(logits_BV: Tensor, temperature: float, generator: torch.Generator | N
     return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
 
 
+def check_sampling(
+    model: Transformer, max_new_tokens: int, temperature: float, seed: int | None,
+    stop_token: int | None,
+) -> None:  # fmt: skip
+    """Refuse what ``generate`` cannot do, before a token is made. Raises ValueError."""
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected an integer >= 1")
+    if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature!r}; expected 0 (greedy) or more")
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"seed is {seed!r}; expected an integer, or None for other tokens a run")
+    last = model.config.vocab_size - 1
+    if stop_token is not None and (type(stop_token) is not int or not 0 <= stop_token <= last):
+        raise ValueError(f"stop_token is {stop_token!r}; expected a token, 0 to {last}, or None")
+
+
 @torch.no_grad()
 def generate(
     model: Transformer, prompt: Tensor | Sequence[int], max_new_tokens: int,
@@ -49,10 +69,7 @@ def generate(
     """
     device = model.lm_head.weight.device
     tokens = as_prompt(prompt, device)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or more")
+    check_sampling(model, max_new_tokens, temperature, seed, stop_token)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = model.new_cache(tokens.shape[0], tokens.shape[1] + max_new_tokens - 1)
     done_B = torch.zeros(tokens.shape[0], dtype=torch.bool, device=device)

@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         """
         config, parameter = self.config, self.lm_head.weight
         kind = KVCache if expanded or config.attention == "gqa" else LatentCache
-        if max_len > config.max_position_embeddings:
+        if type(max_len) is int and max_len > config.max_position_embeddings:
             raise CacheError(
                 f"max_len {max_len} exceeds max_position_embeddings "
                 f"{config.max_position_embeddings}; shorten it or change the config"
@@ -126,8 +126,8 @@ class Transformer(nn.Module):
         ``mtp`` also runs the prediction chain. ``absorb`` and ``fused`` choose among equal paths
         (see ``mla`` and ``layers``). Raises ValueError on bad tokens, CacheError on a bad cache.
         """
+        self._check(tokens, cache, mtp)
         start = cache.length if cache is not None else 0
-        self._check(tokens, cache, start, mtp)
         cos, sin = rope_table(self.config, start, tokens.shape[1], str(tokens.device))
         x = self.model.embed_tokens(tokens)
         routings: list[Routing | None] = []
@@ -172,7 +172,16 @@ class Transformer(nn.Module):
                 inner.advance(known)
         return all_logits, routings
 
-    def _check(self, tokens: Tensor, cache: Cache | None, start: int, mtp: bool) -> None:
+    def _check(self, tokens: object, cache: object, mtp: bool) -> None:
+        if not isinstance(tokens, Tensor):
+            raise ValueError(
+                f"tokens are a {type(tokens).__name__}; expected an integer tensor (batch, seq)"
+            )
+        if not isinstance(cache, Cache | None):
+            raise CacheError(
+                f"cache is a {type(cache).__name__}; expected None or model.new_cache(...)"
+            )
+        start = cache.length if cache is not None else 0
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)} and dtype {tokens.dtype}; expected "

@@ -82,14 +82,20 @@ def mtp_loss(mtp_logits: list[Tensor], tokens_BT: Tensor) -> list[Tensor]:
     Depth k has T - k positions; position i is scored on t_{i+k+1}. Source: report eq 24, which
     sums T - k terms and divides by T. Weigh by lambda / D for eq 25. Raises ValueError.
     """
+    if tokens_BT.dim() != 2 or tokens_BT.dtype != torch.int64:
+        raise ValueError(
+            f"tokens have shape {tuple(tokens_BT.shape)} and dtype {tokens_BT.dtype}; expected "
+            "int64 (batch, T + 1)"
+        )
     length = tokens_BT.shape[1] - 1
     losses = []
     for depth, logits_BTV in enumerate(mtp_logits, start=1):
         target_BT = tokens_BT[:, depth + 1 :]
-        if logits_BTV.shape[1] != target_BT.shape[1]:
+        if logits_BTV.shape[:2] != target_BT.shape:
             raise ValueError(
-                f"depth {depth} has logits for {logits_BTV.shape[1]} positions and "
-                f"{target_BT.shape[1]} targets; expected T - {depth} of each: pass all T + 1 tokens"
+                f"depth {depth} has logits for {tuple(logits_BTV.shape[:2])} positions and "
+                f"{tuple(target_BT.shape)} targets; expected (batch, T - {depth}) of each: pass "
+                "all T + 1 tokens"
             )
         total = F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="sum")
         losses.append(total / (tokens_BT.shape[0] * length))
