@@ -74,7 +74,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     routed = config.n_routed_experts * expert
     # An MTP layer: two block norms, enorm, hnorm, the head's norm, and eh_proj.
     moe = routed + shared + router + config.n_routed_experts
-    # Layer index num_hidden_layers is dense only if every main layer is.
+    # An MTP layer is never dense: its index lies past first_k_dense_replace, whatever that is.
     mtp_layer = attention + moe + 5 * hidden + 2 * hidden * hidden
     return Parameters(
         embedding=table,
