@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv3_mini.layers import RMSNorm, SwiGLU, attend, causal_mask
 from tests.reference import oracles
 
-# ------------------------------------------------------------------------------------- RMSNorm
+# ---------------------------------------------------------------------------------------- RMSNorm
 
 
 def norm_with_weight(width: int, eps: float = 1e-6) -> RMSNorm:
@@ -67,7 +67,7 @@ def test_rms_norm_in_double() -> None:
     np.testing.assert_allclose(norm(x), expected, rtol=1e-13)
 
 
-# -------------------------------------------------------------------------------------- SwiGLU
+# ----------------------------------------------------------------------------------------- SwiGLU
 
 
 def test_swiglu() -> None:
@@ -94,7 +94,7 @@ def test_swiglu_by_hand() -> None:
     assert float(layer(torch.tensor([0.5]))) == pytest.approx(expected, rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------- causal mask
+# ------------------------------------------------------------------------------------ causal mask
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_causal_mask(new: int, seen: int, expected: list[list[int]]) -> None:
     assert mask.int().tolist() == expected
 
 
-# ----------------------------------------------------------------------------------- attention
+# -------------------------------------------------------------------------------------- attention
 
 SHAPES = [(5, 5), (2, 2), (3, 7), (4, 5), (1, 6), (1, 1)]
 WIDTHS = [(6, 4), (4, 6), (5, 5)]

@@ -46,7 +46,7 @@ def run(
     return torch.cat(out, dim=1)
 
 
-# ---------------------------------------------------------------------------- against the report
+# ----------------------------------------------------------------------------- against the report
 
 
 @pytest.mark.parametrize(("absorb", "fused"), PATHS)
@@ -147,7 +147,7 @@ def test_gradients_of_both_paths_agree(seed: int) -> None:
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------- the rotary key
+# --------------------------------------------------------------------------------- the rotary key
 
 
 @SEEDS
@@ -175,7 +175,7 @@ def test_position_travels_apart(seed: int) -> None:
 
 @SEEDS
 def test_one_rotary_key_for_all_heads_and_none_in_values(seed: int) -> None:
-    config = oracles.small_config(seed, num_attention_heads=3)
+    config = oracles.small_config(seed, num_attention_heads=3, num_key_value_heads=3)
     attention = some_attention(config, seed)
     x = torch.randn(1, 6, config.hidden_size)
     stores = []

@@ -48,7 +48,7 @@ def weight_of(routing: Routing, b: int = 0, t: int = 0) -> dict[int, float]:
     return dict(zip(indices, weights, strict=True))
 
 
-# -------------------------------------------------------------------------------------- router
+# ----------------------------------------------------------------------------------------- router
 
 
 @SEEDS
@@ -167,7 +167,7 @@ def test_the_router_runs_in_fp32_under_bf16() -> None:
     np.testing.assert_allclose(routing.scores_BTE, exact, atol=1e-6)  # bf16 would be off by 1e-3
 
 
-# ---------------------------------------------------------------------------------------- bias
+# ------------------------------------------------------------------------------------------- bias
 
 
 def test_the_bias_is_a_buffer() -> None:
@@ -217,7 +217,7 @@ def test_no_gradient_reaches_the_bias_and_no_forward_moves_it() -> None:
     assert torch.equal(moe.gate.e_score_correction_bias, before)
 
 
-# ------------------------------------------------------------------------------------ dispatch
+# --------------------------------------------------------------------------------------- dispatch
 
 
 def loop(moe: MoE, x: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ def test_no_token_is_dropped() -> None:
     torch.testing.assert_close(out, loop(moe, x), rtol=0, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------- shared expert
+# ---------------------------------------------------------------------------------- shared expert
 
 
 @pytest.mark.parametrize("shared", [1, 2])

@@ -29,7 +29,7 @@ def with_width(width: int, **changes: object) -> ModelConfig:
     return ModelConfig.mini().replace(qk_rope_head_dim=width, **changes)
 
 
-# ------------------------------------------------------------------------------------ rotation
+# --------------------------------------------------------------------------------------- rotation
 
 
 @pytest.mark.parametrize("width", [2, 6, 16, 64])
@@ -129,7 +129,7 @@ def test_dtype_is_kept_and_bf16_is_turned_in_fp32() -> None:
     assert torch.equal(apply_rope(low, cos, sin), exact.float().bfloat16())
 
 
-# -------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------------------------- tables
 
 
 @pytest.mark.parametrize("start", [0, 1, 100, 4000])
@@ -151,7 +151,7 @@ def test_the_yardstick_turns_its_whole_head() -> None:
     assert rope_table(config, 0, 3, "cpu")[0].shape == (3, 12)
 
 
-# ---------------------------------------------------------------------------------------- YaRN
+# ------------------------------------------------------------------------------------------- YaRN
 
 
 def test_v3_pairs() -> None:

@@ -18,41 +18,22 @@ from torch import Tensor, nn
 from dsv3_mini import ModelConfig, Transformer
 from dsv3_mini.config import RopeScaling
 from dsv3_mini.moe import MoE
+from tests.reference.configs import random_config
 
 Array = npt.NDArray[np.float64]
 
 
-# ------------------------------------------------------------------------- models to test with
+# ---------------------------------------------------------------------------- models to test with
 
 
 def small_config(seed: int, **changes: object) -> ModelConfig:
-    """A random small MLA model in which no two widths need be equal; YaRN for odd seeds."""
+    """A random model, also of kinds that transformers lacks; YaRN where the seed is odd."""
     draw = random.Random(seed)
-    layers = draw.choice([2, 3])
-    groups, size = draw.choice([(2, 3), (2, 4), (4, 2), (4, 3)])
-    kept = draw.randrange(1, groups)
-    yarn = RopeScaling(
-        factor=draw.choice([2.0, 8.0]), original_max_position_embeddings=64,
-        beta_fast=draw.choice([4.0, 8.0]),
-        mscale=draw.choice([0.7, 1.0]), mscale_all_dim=draw.choice([0.0, 1.0]),
-    )  # fmt: skip
-    config = ModelConfig(
-        vocab_size=31, hidden_size=draw.choice([12, 20]), intermediate_size=17,
-        moe_intermediate_size=draw.choice([5, 7]), num_hidden_layers=layers,
-        first_k_dense_replace=draw.randrange(layers),
-        num_nextn_predict_layers=draw.choice([1, 2]),
-        num_attention_heads=draw.choice([1, 3]), num_key_value_heads=1,
-        q_lora_rank=draw.choice([None, 9, 11]), kv_lora_rank=draw.choice([7, 10]),
-        qk_nope_head_dim=draw.choice([3, 6]), qk_rope_head_dim=draw.choice([2, 4, 6]),
-        v_head_dim=draw.choice([4, 8, 14]), n_routed_experts=groups * size,
-        n_shared_experts=draw.choice([0, 1, 2]),
-        num_experts_per_tok=draw.randrange(1, kept * size), n_group=groups, topk_group=kept,
-        norm_topk_prob=draw.choice([True, True, False]),
-        routed_scaling_factor=draw.choice([1.5, 2.5]), max_position_embeddings=512,
-        rope_theta=draw.choice([50.0, 10000.0]), rope_scaling=yarn if seed % 2 else None,
-        rms_norm_eps=draw.choice([1e-6, 1e-3]),
-    )  # fmt: skip
-    return config.replace(**changes)
+    config = random_config(seed).replace(
+        n_shared_experts=draw.choice([0, 1, 2]), rms_norm_eps=draw.choice([1e-6, 1e-3])
+    )
+    yarn = config.rope_scaling or RopeScaling(factor=8, original_max_position_embeddings=64)
+    return config.replace(**{"rope_scaling": yarn if seed % 2 else None, **changes})
 
 
 def shake(module: nn.Module, seed: int = 0) -> None:
@@ -91,7 +72,7 @@ def logit(probability: Tensor) -> Tensor:
     return torch.log(probability / (1 - probability))
 
 
-# ----------------------------------------------------------------------------------- the parts
+# -------------------------------------------------------------------------------------- the parts
 
 
 def numbers(tensor: Tensor) -> Array:
@@ -124,7 +105,7 @@ def frequencies(config: ModelConfig) -> Array:
         return plain
 
     def pair_that_turns(times: float) -> float:
-        low, high = -1000.0, 1000.0
+        low, high = -4.0 * width, 4.0 * width
         for _ in range(200):
             middle = (low + high) / 2
             turns = config.rope_theta ** (-2 * middle / width) / (2 * math.pi)
@@ -271,7 +252,7 @@ def moe(layer: MoE, config: ModelConfig, x: Array) -> Array:
     return np.array(out)
 
 
-# --------------------------------------------------------------------------------- whole models
+# ----------------------------------------------------------------------------------- whole models
 
 
 def layer(module: nn.Module, config: ModelConfig, x: Array) -> Array:
