@@ -61,7 +61,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
 
     def queries(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """q^C (B, H, T, N) and the rotated q^R (B, H, T, R), both from the query latent: eqs 6-9."""
+        """q^C (B, H, T, N) and the rotated q^R (B, H, T, R), from the query latent: eqs 6-9."""
         if self.config.q_lora_rank is None:
             q = self.q_proj(x_BTD)
         else:

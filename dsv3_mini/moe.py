@@ -54,7 +54,7 @@ class Gate(nn.Module):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Gate:
         # In bf16 a step of 0.001 is lost near 1: the bias changes device, never dtype.
         before = self.e_score_correction_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = self.e_score_correction_bias
         self.e_score_correction_bias = after.float() if before.is_meta else before.to(after.device)
         return self

@@ -171,9 +171,7 @@ def _moments(model: Transformer, state: TrainState) -> dict[str, Tensor]:
     return named
 
 
-def _restore(
-    model: Transformer, state: TrainState, tensors: dict[str, Tensor], save: Path
-) -> None:
+def _restore(model: Transformer, state: TrainState, tensors: dict[str, Tensor], save: Path) -> None:
     for name, parameter in model.named_parameters():
         for kind in MOMENTS:
             tensor = tensors.pop(f"{kind}.{name}", None)

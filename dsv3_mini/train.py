@@ -16,24 +16,20 @@ Legend: B batch, T positions, L MoE layers (MTP last), E experts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mini.balance import max_violation, update_bias
-from dsv3_mini.config import ConfigError, ModelConfig
-from dsv3_mini.data import Corpus, load_corpus
-from dsv3_mini.environment import device
+from dsv3_mini.config import ConfigError
+from dsv3_mini.data import Corpus
 from dsv3_mini.model import Transformer
 from dsv3_mini.mtp import mtp_loss
 
@@ -225,56 +221,7 @@ def evaluate(model: Transformer, windows: Tensor, batch_size: int = 16) -> float
     return total / windows[:, 1:].numel()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command ``python -m dsv3_mini.train``; see ``--help``."""
-    from tqdm import tqdm  # here, so that the library does not need it
-
-    from dsv3_mini.resume import Run
-
-    parser = argparse.ArgumentParser(
-        prog="python -m dsv3_mini.train",
-        description="Train on the text of this machine; the same words again resume the run.",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of this run")
-    parser.add_argument("--preset", choices=("tiny", "mini", "gpu"), default="mini")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between saves")
-    parser.add_argument("--characters", type=int, default=400_000, help="of text per domain")
-    for field in dataclasses.fields(TrainConfig):
-        kind = int if field.type == "int" else float
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=kind, default=field.default, help=f"(default {field.default})")
-    args = parser.parse_args(argv)
-    try:
-        if args.save_every < 1:
-            raise ConfigError(f"--save-every is {args.save_every}; expected at least 1")
-        names = [field.name for field in dataclasses.fields(TrainConfig)]
-        config = TrainConfig(**{name: getattr(args, name) for name in names})
-        corpus = load_corpus(characters=args.characters)
-        model_config: ModelConfig = getattr(ModelConfig, args.preset)()
-        model_config = model_config.replace(vocab_size=corpus.vocab_size)
-        run = Run.open(args.out, model_config, config, corpus, device())
-        # A first Ctrl-C ends the run after the current step and saves it.
-        stopped: list[int] = []
-        signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
-        bar = tqdm(total=config.steps, initial=run.state.step, unit="step")
-        for record in train(run.model, corpus, config, run.state):
-            run.log(record)
-            bar.update()
-            bar.set_postfix(loss=f"{record.loss:.3f}", maxvio=f"{max(record.max_violation):.2f}")
-            if stopped or record.step % args.save_every == 0 or record.step == config.steps:
-                run.save()
-            if stopped:
-                break
-        bar.close()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for domain in corpus.domains:
-        held_out = evaluate(run.model, corpus.windows(domain, config.seq_len, 32))
-        print(f"{domain:12s} held-out loss {held_out:.3f} nats per token")
-    print(f"step {run.state.step} of {config.steps} saved in {run.latest}")
-    return 130 if stopped else 0
-
-
 if __name__ == "__main__":
+    from dsv3_mini.train_command import main
+
     sys.exit(main())

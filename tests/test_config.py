@@ -78,7 +78,7 @@ def test_no_field_can_be_set(name: str) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(config, field.name, getattr(config, field.name))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        RopeScaling().factor = 1.0  # type: ignore[misc]
+        RopeScaling().factor = 1.0
 
 
 def test_replace_changes_a_copy() -> None:

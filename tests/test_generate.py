@@ -128,29 +128,23 @@ def test_a_cold_sample_is_greedy() -> None:
 # ------------------------------------------------------------------------------------------- stop
 
 
-def test_a_stopped_row_is_filled_and_the_others_go_on() -> None:
-    model = oracles.shaken(TINY).double()
-    prompt = torch.randint(0, 128, (3, 4))
-    free = generate(model, prompt, 10)
-    stop = int(free[0, 6])  # the third new token of row 0
-    out = generate(model, prompt, 10, stop_token=stop)
-    for row in range(3):
-        expected = free[row].tolist()
-        if stop in expected[4:]:
-            at = expected.index(stop, 4)
-            expected[at:] = [stop] * (len(expected) - at)
-        assert out[row].tolist() == expected[: out.shape[1]]
-
-
-def test_generation_ends_when_every_row_has() -> None:
-    model = oracles.shaken(TINY).double()
-    prompt = torch.randint(0, 128, (1, 4))
-    free = generate(model, prompt, 10)
-    for place in range(10):
-        stop = int(free[0, 4 + place])
-        first = free[0, 4:].tolist().index(stop)
-        out = generate(model, prompt, 10, stop_token=stop)
-        assert torch.equal(out, free[:, : 4 + first + 1])
+def test_a_stopped_row_is_filled_until_every_row_has_stopped() -> None:
+    """Six tokens, five rows: each stops at its own time or never; the last one ends it."""
+    model = oracles.shaken(TINY.replace(vocab_size=6)).double()
+    prompt = torch.randint(0, 6, (5, 4))
+    free = generate(model, prompt, 9)
+    lengths = []
+    for stop in range(6):
+        ends = [[*row, stop].index(stop, 4) for row in free.tolist()]  # 13 where it never comes
+        length = min(max(ends) + 1, 13)
+        out = generate(model, prompt, 9, stop_token=stop)
+        assert out.shape == (5, length)
+        for row, end in enumerate(ends):
+            expected = free[row, :end].tolist() + [stop] * 9
+            assert out[row].tolist() == expected[:length]
+        lengths.append((length, len(set(ends))))
+    assert any(length < 13 and times > 1 for length, times in lengths)  # an early end was seen,
+    assert any(length == 13 and times > 1 for length, times in lengths)  # and rows that go on
 
 
 def test_a_stop_token_in_the_prompt_does_not_stop() -> None:

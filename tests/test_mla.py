@@ -105,7 +105,7 @@ def test_every_chunking_equals_one_pass(seed: int, kind: type[Cache]) -> None:
         whole = run(attention, x, [12], None, absorb=False, fused=False)
         for lengths in ([12], [1] * 12, oracles.chunks(12, seed), oracles.chunks(12, seed + 50)):
             for absorb, fused in [*PATHS, (None, True)]:
-                cache = kind(config, 1, 2, 12, dtype)  # type: ignore[call-arg, arg-type]
+                cache = kind(config, 1, 2, 12, dtype)
                 out = run(attention, x, lengths, cache, absorb, fused)
                 torch.testing.assert_close(out, whole, rtol=0, atol=tolerance)
 
@@ -275,7 +275,7 @@ def test_the_cheaper_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("absorbed", "expand"):
         original = getattr(MultiHeadLatentAttention, name)
 
-        def noted(self: MultiHeadLatentAttention, *args: Tensor, name: str = name, f=original):  # type: ignore[no-untyped-def]
+        def noted(self: MultiHeadLatentAttention, *args: Tensor, name: str = name, f=original):
             taken.append(name)
             return f(self, *args)
 

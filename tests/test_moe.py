@@ -324,8 +324,8 @@ def test_the_shared_expert_runs_for_every_token(shared: int) -> None:
     moe = some_moe(config).requires_grad_(False)
     moe.experts.down_proj.zero_()
     x = torch.randn(2, 15, 32)
-    parts = (numbers.weight for numbers in moe.shared_experts.children())  # type: ignore[union-attr]
-    gate, up, down = (oracles.numbers(p) for p in parts)  # type: ignore[arg-type]
+    parts = (part.weight for part in moe.shared_experts.children())
+    gate, up, down = (oracles.numbers(p) for p in parts)
     assert gate.shape == (16 * shared, 32)
     expected = oracles.swiglu(oracles.numbers(x), gate, up, down)
     assert np.abs(expected).sum(axis=-1).min() > 0.01
@@ -338,7 +338,7 @@ def test_the_shared_expert_is_added_to_the_routed_ones() -> None:
     without = copy.deepcopy(moe)
     without.shared_experts = None
     x = torch.randn(1, 15, 32)
-    shared = moe.shared_experts(x)  # type: ignore[misc]
+    shared = moe.shared_experts(x)
     torch.testing.assert_close(moe(x)[0], without(x)[0] + shared, rtol=0, atol=1e-6)
     assert moe(x)[1].scores_BTE.shape[-1] == 8  # it is not one of the routed
 

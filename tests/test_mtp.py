@@ -23,7 +23,7 @@ def chain(depths: int, seed: int = 0, **changes: object) -> Transformer:
 
 
 def mtp_layers(model: Transformer) -> list[MTPLayer]:
-    return list(model.model.layers[model.config.num_hidden_layers :])  # type: ignore[arg-type]
+    return list(model.model.layers[model.config.num_hidden_layers :])
 
 
 def some_tokens(length: int, batch: int = 2) -> Tensor:
@@ -209,8 +209,8 @@ def test_shared_gradients_are_the_sum_of_both_uses() -> None:
     ]
     for shared, first, second in pairs:
         parts = (first.weight.grad, second.weight.grad)
-        assert all(part.abs().max() > 1e-4 for part in parts)  # type: ignore[union-attr]
-        torch.testing.assert_close(shared.weight.grad, parts[0] + parts[1], rtol=1e-9, atol=1e-12)  # type: ignore[operator]
+        assert all(part.abs().max() > 1e-4 for part in parts)
+        torch.testing.assert_close(shared.weight.grad, parts[0] + parts[1], rtol=1e-9, atol=1e-12)
 
 
 def test_mtp_trains_the_main_model_too() -> None:

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "train": {"model", "balance", "data", "fp8", "mtp", "config", "checkpoint", "environment"},
     "resume": {"train", "model", "data", "checkpoint", "config"},
+    "train_command": {"train", "resume", "data", "environment", "config"},
     "generate": {"model", "cache"},
     "speculative": {"generate", "model", "cache"},
     "checkpoint": {"model", "fp8", "config"},
@@ -43,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "accounting": {"config"},
 }
 OUTSIDE = {"torch", "safetensors"}
-MAY_ALSO_IMPORT = {"data": {"tokenizers"}, "train": {"tqdm"}}
+MAY_ALSO_IMPORT = {"data": {"tokenizers"}, "train_command": {"tqdm"}}
 HEAVY = ["matplotlib", "ipywidgets", "IPython", "transformers"]
 MAX_LINES_IN_FILE = 300
 MAX_LINES_IN_CORE = 2_500
@@ -64,9 +65,11 @@ def name_of(path: Path) -> str:
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(line, full name) of everything a core module imports, also inside functions.
 
+    What stands under ``if __name__ == "__main__"`` belongs to a command, not to the library.
     ``from dsv3_mini import cache`` and ``from . import cache`` give dsv3_mini.cache.
     """
-    for node in ast.walk(tree):
+    library = [node for node in tree.body if "__main__" not in ast.unparse(node)[:40]]
+    for node in ast.walk(ast.Module(library, [])):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,7 +21,7 @@ GRID = "#d9d9d9"
 COLOURS = ("#1b2a5e", "#b5423c", "#2c8c8c", "#d99a2b", "#9fb8d8")
 DASHES = ("-", "--", "-.", ":", (0, (1, 1)))
 
-STYLE = {
+STYLE: dict[str, Any] = {
     "font.size": 10.0,
     "axes.titlesize": 11.0,
     "axes.labelsize": 10.0,
@@ -44,7 +45,7 @@ STYLE = {
 @contextmanager
 def styled() -> Iterator[None]:
     """Draw with the project's style, leaving the reader's own settings alone."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type,unused-ignore]
         yield
 
 

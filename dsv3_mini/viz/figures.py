@@ -1,0 +1,44 @@
+"""Write every figure that README, slides and notebooks show: ``python -m dsv3_mini.viz.figures``.
+
+Files are the same bytes whenever nothing has changed: no dates, no random identifiers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.viz.block_diagram import block_diagram
+from dsv3_mini.viz.explorer import breakdown
+from dsv3_mini.viz.style import styled
+
+
+def all_figures() -> dict[str, Figure]:
+    """File name (without ending) to figure."""
+    return {
+        "v3_layer": block_diagram({"mini": ModelConfig.mini(), "V3": ModelConfig.v3()}),
+        "v3_parameters": breakdown(ModelConfig.v3()),
+    }
+
+
+def main() -> None:
+    """Write the SVG files, each beside its target and then renamed."""
+    parser = argparse.ArgumentParser(description="Write every figure of the project.")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="default: figures")
+    folder: Path = parser.parse_args().out
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in all_figures().items():
+        target = folder / f"{name}.svg"
+        beside = folder / f".{name}.writing"
+        with styled():
+            figure.savefig(beside, format="svg", metadata={"Date": None, "Creator": None})
+        os.replace(beside, target)
+        print(target)
+
+
+if __name__ == "__main__":
+    main()
