@@ -185,7 +185,10 @@ def test_file_is_short_enough_to_read_in_one_go(path: Path) -> None:
 
 
 def test_the_core_can_be_read_in_an_afternoon() -> None:
-    lines = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in CORE}
+    # What one reads to follow the model; text, folders and commands are around it.
+    around = {"data", "resume", "train_command", "environment"}
+    read = [path for path in CORE if path.stem not in around]
+    lines = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in read}
     total = sum(lines.values())
     longest = sorted(lines.items(), key=lambda item: -item[1])[:5]
     assert total <= MAX_LINES_IN_CORE, (
