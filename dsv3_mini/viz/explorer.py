@@ -124,11 +124,11 @@ class ConfigExplorer(widgets.VBox):  # type: ignore[misc]
         for name in names:
             self.fields[name] = self._field(name, getattr(self.config, name))
             self.fields[name].observe(self._changed, names="value")
-        columns = {"grid_template_columns": "repeat(auto-fill, minmax(300px, 1fr))"}
+        columns = {"grid_template_columns": "repeat(auto-fill, minmax(340px, 1fr))"}
         return widgets.GridBox([self.fields[name] for name in names], layout=columns)
 
     def _field(self, name: str, value: Any) -> widgets.Widget:
-        look = {"description": name, "style": {"description_width": "170px"}}
+        look = {"description": name, "style": {"description_width": "210px"}}
         if name == "attention":
             return widgets.Dropdown(options=["mla", "gqa"], value=value, **look)
         if name == "rope_scaling":
