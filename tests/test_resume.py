@@ -1,6 +1,8 @@
 """A run that is killed at any moment and started again ends as if nothing had happened."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dsv3_mini.balance import update_bias
 from dsv3_mini.checkpoint import load_pretrained
@@ -142,3 +144,113 @@ def test_evaluation_moves_no_bias_and_equals_a_loop() -> None:
 def test_impossible_settings_are_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{field} is {value}; expected"):
         TrainConfig(**{field: value})
+
+
+def started(folder: Path) -> Run:
+    """A run of three steps, saved and logged."""
+    run = Run.open(folder, ModelConfig.tiny(), SETTINGS, corpus())
+    for record in train(run.model, corpus(), SETTINGS, run.state):
+        run.log(record)
+        if record.step == 3:
+            break
+    run.save()
+    return run
+
+
+def reopened(folder: Path) -> Run:
+    return Run.open(folder, ModelConfig.tiny(), SETTINGS, corpus())
+
+
+def test_moments_biases_and_steps_come_back_bit_for_bit(tmp_path: Path) -> None:
+    first = started(tmp_path / "run")
+    second = reopened(tmp_path / "run")
+    for name, tensor in weights(first).items():
+        assert torch.equal(tensor, weights(second)[name]), name
+    assert any(gate.e_score_correction_bias.any() for gate in second.model.gates)
+    ahead, behind = first.state.optimizer.state_dict(), second.state.optimizer.state_dict()
+    assert ahead["param_groups"][0].keys() == behind["param_groups"][0].keys()
+    assert ahead["state"].keys() == behind["state"].keys()
+    for number, kept in ahead["state"].items():
+        for kind in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(kept[kind], behind["state"][number][kind]), (number, kind)
+    rests = [train(run.model, corpus(), SETTINGS, run.state) for run in (first, second)]
+    for one, two in zip(*rests, strict=True):
+        assert {**one.scalars(), "seconds": 0} == {**two.scalars(), "seconds": 0}
+
+
+def test_the_log_has_every_step_once_even_after_a_torn_line(tmp_path: Path) -> None:
+    run = started(tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    record = next(train(run.model, corpus(), SETTINGS, run.state))
+    run.log(record)  # step 4, never saved
+    with log.open("a") as file:
+        file.write('{"step": 5, "lo')
+    again = reopened(tmp_path / "run")
+    for record in train(again.model, corpus(), SETTINGS, again.state):
+        again.log(record)
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_kill_left_half_written_is_ignored_and_removed(tmp_path: Path) -> None:
+    started(tmp_path / "run")
+    # Of a step that no later save has: the first kill came while Ctrl-C was saving.
+    for name in (".step-000005.writing", "..step-000005.writing.writing"):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "model.safetensors").write_bytes(b"half")
+    shutil.copytree(tmp_path / "run" / "step-000003", tmp_path / "run" / "step-000002")
+    (tmp_path / "run" / "step-000002" / "train.json").unlink()  # killed while deleting it
+    run = reopened(tmp_path / "run")
+    assert run.state.step == 3
+    next(train(run.model, corpus(), SETTINGS, run.state))
+    run.save()
+    names = sorted(p.name for p in (tmp_path / "run").iterdir())
+    assert names == ["log.jsonl", "step-000004"]
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("train.json", None),
+        ("train.json", "{"),
+        ("train.json", "[1]"),
+        ("train.json", '{"train": {}}'),
+        ("train.json", '{"train": 3, "data": "", "step": 3}'),
+        ("config.json", "{}"),
+        ("optimizer.safetensors", None),
+        ("optimizer.safetensors", ""),
+    ],
+)
+def test_a_damaged_save_is_named(tmp_path: Path, file: str, text: str | None) -> None:
+    path = started(tmp_path / "run").latest / file
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ResumeError, match=r"step-000003 is damaged .* delete it to start again"):
+        reopened(tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [None, "3", -1, 3.0])
+def test_a_save_without_its_step_is_damaged(tmp_path: Path, step: object) -> None:
+    path = started(tmp_path / "run").latest / "train.json"
+    about = {**json.loads(path.read_text()), "step": step}
+    if step is None:
+        del about["step"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(ResumeError, match=r"is damaged .*step"):
+        reopened(tmp_path / "run")
+
+
+def test_missing_or_misshapen_moments_are_named(tmp_path: Path) -> None:
+    path = started(tmp_path / "run").latest / "optimizer.safetensors"
+    tensors = load_file(path)
+    wrong = {**tensors, "exp_avg.lm_head.weight": torch.zeros(2)}
+    del tensors["exp_avg_sq.lm_head.weight"]
+    for damaged, kind in ((tensors, "exp_avg_sq"), (wrong, "exp_avg")):
+        save_file(damaged, path)
+        with pytest.raises(ResumeError, match=rf"has no {kind} of shape .* for lm_head.weight"):
+            reopened(tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResumeError, match=r"cannot make .*; choose another place"):
+        reopened(tmp_path / "file" / "run")
