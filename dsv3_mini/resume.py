@@ -75,6 +75,8 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ResumeError(f"cannot make {folder} ({error}); choose another place") from None
+        for half in folder.glob(".*step-*.writing"):  # left by a kill in the middle of a save
+            shutil.rmtree(half, ignore_errors=True)
         run._trim_log()
         return run
 
@@ -86,6 +88,8 @@ class Run:
             saved = json.loads((save / "train.json").read_text(encoding="utf-8"))
             tensors = load_file(save / "optimizer.safetensors", device=device)
             found = {**saved["train"], **ModelConfig.from_hf(save).to_hf(), "data": saved["data"]}
+            if type(saved["step"]) is not int or saved["step"] < 0:
+                raise ValueError(f"its step is {saved['step']!r}")
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ResumeError(f"{save} is damaged ({error}); delete it to start again") from None
         wanted = {**dataclasses.asdict(config), **model_config.to_hf(), "data": data}

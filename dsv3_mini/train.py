@@ -195,6 +195,11 @@ def train(
             f"seq_len {config.seq_len} exceeds max_position_embeddings "
             f"{model.config.max_position_embeddings}; shorten it or change the model"
         )
+    if config.seq_len <= (depths := model.config.num_nextn_predict_layers):
+        raise ConfigError(
+            f"seq_len {config.seq_len} leaves nothing to predict at MTP depth {depths}; "
+            f"expected at least {depths + 1}"
+        )
     state = state or new_state(model, config)
     where = model.lm_head.weight.device
     while state.step < config.steps:
