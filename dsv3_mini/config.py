@@ -23,7 +23,8 @@ class ConfigError(ValueError):
     """A configuration that cannot describe a model; the message says which field and why."""
 
 
-def _check(name: str, value: Any, low: float, above: bool = False, whole: bool = False) -> None:
+def require(name: str, value: Any, low: float, above: bool = False, whole: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is finite and at least (or ``above``) ``low``."""
     fits = type(value) is int or (isinstance(value, float) and not whole)
     if not (fits and math.isfinite(value) and (value > low if above else value >= low)):
         kind = f"{'an integer' if whole else 'a number'} {'above' if above else 'of at least'}"
@@ -45,7 +46,7 @@ class RopeScaling:
         lowest = {"factor": 1, "original_max_position_embeddings": 1}
         for field in dataclasses.fields(self):
             name, value = f"rope_scaling.{field.name}", getattr(self, field.name)
-            _check(name, value, lowest.get(field.name, 0), whole=field.type == "int")
+            require(name, value, lowest.get(field.name, 0), whole=field.type == "int")
         if not self.beta_fast > self.beta_slow > 0:
             raise ConfigError(
                 f"rope_scaling has beta_fast {self.beta_fast} and beta_slow {self.beta_slow}; "
@@ -98,10 +99,10 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" or (field.type == "int | None" and value is not None):
                 lowest = 0 if field.name in may_be_zero else 1
-                _check(field.name, value, lowest, whole=True)
+                require(field.name, value, lowest, whole=True)
         for name in ("rms_norm_eps", "initializer_range", "routed_scaling_factor"):
-            _check(name, getattr(self, name), 0, above=True)
-        _check("rope_theta", self.rope_theta, 1, above=True)
+            require(name, getattr(self, name), 0, above=True)
+        require("rope_theta", self.rope_theta, 1, above=True)
         if type(self.norm_topk_prob) is not bool:
             raise ConfigError(f"norm_topk_prob is {self.norm_topk_prob!r}; expected True or False")
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
@@ -227,9 +228,7 @@ class ModelConfig:
             rope.update(part)
         values: dict[str, Any] = {"rope_theta": rope.get("rope_theta", hf.get("rope_theta"))}
         known = [f.name for f in dataclasses.fields(cls) if f.name not in ("attention",)]
-        for name in known:
-            if name in ("rope_theta", "rope_scaling"):
-                continue
+        for name in [name for name in known if name not in ("rope_theta", "rope_scaling")]:
             if name not in hf:
                 close = difflib.get_close_matches(name, [k for k in hf if k not in known], 1)
                 hint = f"it has {close[0]!r}: a misspelling?" if close else "official ones do"

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsv3_mini.balance import max_violation, update_bias
-from dsv3_mini.config import ConfigError
+from dsv3_mini.config import ConfigError, require
 from dsv3_mini.data import Corpus
 from dsv3_mini.model import Transformer
 from dsv3_mini.mtp import mtp_loss
@@ -61,12 +61,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; expected an integer of at least 1")
+            require(name, getattr(self, name), 1, whole=True)
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected a number above 0")
+            require(name, getattr(self, name), 0, above=True)
         for name in ("warmup", "weight_decay", "gamma", "alpha", "mtp_lambda", "seed"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected 0 or more")

@@ -13,13 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dsv3_mini.balance import update_bias
 from dsv3_mini.checkpoint import load_pretrained
-from dsv3_mini.config import ConfigError, ModelConfig
+from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import Corpus
-from dsv3_mini.model import Transformer
 from dsv3_mini.resume import ResumeError, Run
-from dsv3_mini.train import TrainConfig, evaluate, new_state, train, train_step
+from dsv3_mini.train import TrainConfig, train
 
 SETTINGS = TrainConfig(steps=6, batch_size=4, seq_len=16, warmup=2, gamma=0.01)
 COMMAND = [
@@ -108,42 +106,6 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
         Run.open(tmp_path / "mine", ModelConfig.tiny(), SETTINGS, corpus())
     with pytest.raises(ResumeError, match="is a file"):
         Run.open(tmp_path / "mine" / "thesis.txt", ModelConfig.tiny(), SETTINGS, corpus())
-
-
-def test_accumulation_is_one_larger_batch_and_one_bias_step() -> None:
-    torch.manual_seed(0)
-    one, two = (Transformer(ModelConfig.tiny()) for _ in range(2))
-    two.load_state_dict(one.state_dict())
-    tokens, _ = corpus().batch(0, 8, 16)
-    whole = train_step(one, new_state(one, SETTINGS), SETTINGS, [tokens])
-    parts = train_step(two, new_state(two, SETTINGS), SETTINGS, [tokens[:4], tokens[4:]])
-    assert torch.equal(whole.counts_LE, parts.counts_LE)
-    assert abs(whole.loss - parts.loss) < 1e-5
-    assert abs(whole.grad_norm - parts.grad_norm) < 1e-4
-    for gate, load in zip(two.gates, parts.counts_LE, strict=True):
-        once = update_bias(torch.zeros(8), load, SETTINGS.gamma)
-        assert torch.equal(gate.e_score_correction_bias, once)
-
-
-def test_evaluation_moves_no_bias_and_equals_a_loop() -> None:
-    model = Transformer(ModelConfig.tiny())
-    windows = corpus().windows("prose", 16, 5)
-    loss = evaluate(model, windows, batch_size=2)
-    by_hand = 0.0
-    with torch.no_grad():
-        for row in windows:
-            log_p = model(row[None, :-1]).logits[0].log_softmax(-1)
-            by_hand -= sum(float(log_p[i, row[i + 1]]) for i in range(16))
-    assert abs(loss - by_hand / (5 * 16)) < 1e-5
-    assert all(not gate.e_score_correction_bias.any() for gate in model.gates)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("gamma", -1), ("learning_rate", 0), ("beta1", 2)]
-)
-def test_impossible_settings_are_refused(field: str, value: float) -> None:
-    with pytest.raises(ConfigError, match=f"{field} is {value}; expected"):
-        TrainConfig(**{field: value})
 
 
 def started(folder: Path) -> Run:

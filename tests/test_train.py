@@ -129,6 +129,7 @@ def test_two_micro_batches_are_one_batch_of_their_rows() -> None:
     assert torch.equal(one.counts_LE, two.counts_LE)
     assert one.tokens == two.tokens == 8 * 16
     assert one.loss == pytest.approx(two.loss, abs=1e-9)
+    assert one.grad_norm == pytest.approx(two.grad_norm, abs=1e-9)
 
 
 def test_a_step_takes_its_own_micro_batches() -> None:
@@ -264,6 +265,7 @@ def test_a_record_fits_in_a_line_of_json() -> None:
         ({"accumulate": True}, "accumulate is True; expected an integer"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; expected a number above 0"),
         ({"clip": math.nan}, "clip is nan; expected a number above 0"),
+        ({"gamma": -1}, "gamma is -1; expected 0 or more"),
         ({"warmup": -1}, "warmup is -1; expected 0 or more"),
         ({"mtp_lambda": math.nan}, "mtp_lambda is nan; expected 0 or more"),
         ({"final_ratio": 1.5}, "final_ratio is 1.5; expected 0 to 1"),

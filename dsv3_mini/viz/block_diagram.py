@@ -124,9 +124,12 @@ def _arrow(axes: Axes, start: str, end: str, text: str) -> None:
     arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 1}
     axes.annotate("", xy=head, xytext=tail, arrowprops=arrow, zorder=1)
     if text:
-        at = ((tail[0] + head[0]) / 2, (tail[1] + head[1]) / 2)
-        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-        axes.text(*at, text, ha="center", va="center", fontsize=9, style="italic", bbox=white)
+        _label(axes, (tail[0] + head[0]) / 2, (tail[1] + head[1]) / 2, text)
+
+
+def _label(axes: Axes, x: float, y: float, text: str) -> None:
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+    axes.text(x, y, text, ha="center", va="center", fontsize=9, style="italic", bbox=white)
 
 
 def _margins(axes: Axes) -> None:
@@ -142,14 +145,11 @@ def _margins(axes: Axes) -> None:
     style = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.9}
     left = 2 * _STEP - _WIDTH / 2 - 0.03
     axes.annotate("", xy=(left, -0.9), xytext=(0.62, -0.9), arrowprops=style)
-    axes.text(1.25, -0.9, "gate", fontsize=9, style="italic", ha="center", va="center",
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    _label(axes, 1.25, -0.9, "gate")
     # From the stream itself, past the latent: the rotary key is not made from c_KV.
     rotary = (4 * _STEP - _WIDTH / 2 - 0.03, 0.9)
     axes.annotate("", xy=rotary, xytext=(0.15, 2.62), arrowprops=style)
-    axes.text(2.75, 1.5, "kv_a_proj, RoPE", fontsize=9, style="italic", ha="center", va="center",
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    _label(axes, 2.75, 1.5, "kv_a_proj, RoPE")
     corner = 6 * _STEP - _WIDTH / 2 - 0.03
     axes.annotate("", xy=(corner, -2.0), xytext=(0.3, -1.12), arrowprops=style)
-    axes.text(3.0, -1.62, "every token, no router", fontsize=9, style="italic", ha="center",
-              bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    _label(axes, 3.0, -1.62, "every token, no router")

@@ -1,11 +1,12 @@
 """A figure that is redrawn while a model trains.
 
-One figure is reused, one display is updated, and at most ``frames`` pictures are drawn whatever
-the number of steps, because a notebook front end (and its test) cannot take thousands.
+One display is updated, with at most ``frames`` pictures whatever the number of steps, because a
+notebook front end (and its test) cannot take thousands.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -24,11 +25,12 @@ def loss_figure(
     ``bar`` draws a level to get under, in nats (the unigram entropy).
     """
     steps = [record.step for record in records]
+    depths = len(records[0].mtp_losses) if records else 0
     with styled():
         figure = new_figure(9.5, 3.4)
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         lines = {"next token": [record.loss for record in records]}
-        for depth in range(len(records[0].mtp_losses) if records else 0):
+        for depth in range(depths):
             lines[f"MTP depth {depth + 1}"] = [record.mtp_losses[depth] for record in records]
         for index, (label, values) in enumerate(lines.items()):
             left.plot(steps, values, color=COLOURS[index], linestyle=DASHES[index], label=label)
@@ -40,7 +42,7 @@ def loss_figure(
         layers = len(records[0].max_violation) if records else 0
         for layer in range(layers):
             values = [record.max_violation[layer] for record in records]
-            name = f"MoE layer {layer + 1}" if layer < layers - 1 or not lines else "last (MTP)"
+            name = f"MoE layer {layer + 1}" + (" (MTP)" if layer >= layers - depths else "")
             colour, dash = COLOURS[layer % len(COLOURS)], DASHES[layer % len(DASHES)]
             right.plot(steps, values, color=colour, linestyle=dash, label=name, linewidth=1.2)
         right.set(xlim=(0, total), xlabel="step", ylabel="MaxVio (0 = balanced)")
@@ -60,15 +62,16 @@ def watch(
     seen: list[Record] = []
     began = time.perf_counter()
     shown = None
+    every = math.ceil(total / frames)
     for record in records:
         seen.append(record)
-        if record.step % max(total // frames, 1) == 0 or record.step == total:
+        if record.step % every == 0 or record.step == total:
             left = (time.perf_counter() - began) / len(seen) * (total - record.step)
             ending = f"about {left:.0f} s left" if record.step < total else "done"
             note = f"step {record.step} of {total}, {ending}"
             picture = Image(png(loss_figure(seen, total, bar, note)))
             if shown is None:
                 shown = display(picture, display_id=True)
-            elif shown is not None:
+            else:
                 shown.update(picture)
         yield record
