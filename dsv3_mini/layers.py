@@ -59,6 +59,11 @@ def attend(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSV: Tensor, scale: float, fused: 
     """
     new, seen = q_BHTD.shape[-2], k_BHSD.shape[-2]
     groups = q_BHTD.shape[1] // k_BHSD.shape[1]
+    if groups > 1 and new == 1 and fused:
+        # Heads that share a key become rows of one query: the cache is read as it lies.
+        rows_BGRD = q_BHTD.unflatten(1, (-1, groups)).squeeze(3)
+        out_BGRV = F.scaled_dot_product_attention(rows_BGRD, k_BHSD, v_BHSV, scale=scale)
+        return out_BGRV.flatten(1, 2).unsqueeze(2)
     if groups > 1:
         k_BHSD, v_BHSV = (x.repeat_interleave(groups, dim=1) for x in (k_BHSD, v_BHSV))
     if not fused:

@@ -1,0 +1,1 @@
+"""What a course needs: claims to vote on, tasks, exercise checks."""

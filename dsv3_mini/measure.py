@@ -1,0 +1,142 @@
+"""Measure on this machine: how long a decode step takes, what a cache holds, what the ceilings are.
+
+Why: most numbers that are quoted about attention come from a card that the reader does not have.
+A decode step reads every weight and every cached number once and does little with each, so its
+time follows from two ceilings, bytes and operations per second, which anybody can measure. Times
+are the best of several runs: noise only ever adds.
+
+One attention layer is timed, with a cache filled with random numbers: neither the time nor the
+bytes depend on their values, and nothing has to be prefilled. Five ways to remember are compared:
+MHA, GQA and MQA with the heads' keys and values, and MLA naive and absorbed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dsv3_mini.accounting import cache_bytes
+from dsv3_mini.attention import GroupedQueryAttention
+from dsv3_mini.cache import KVCache, LatentCache
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.mla import MultiHeadLatentAttention
+from dsv3_mini.rope import rope_table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to remember: an attention, what its cache stores, and which MLA path decodes."""
+
+    config: ModelConfig
+    expanded: bool = False
+    """MLA with a KVCache: every head's key and value is stored."""
+    absorb: bool = False
+
+
+def kinds(config: ModelConfig, key_heads: int) -> dict[str, Kind]:
+    """The ways to remember by name, at the head count of ``config`` (an MLA one).
+
+    ``key_heads`` is GQA's. 'MLA, expanded' stores what 'MLA, naive' makes anew at every step.
+    """
+    heads = {"MHA": config.num_attention_heads, "GQA": key_heads, "MQA": 1}
+    named = {
+        name: Kind(config.replace(attention="gqa", num_key_value_heads=count))
+        for name, count in heads.items()
+    }
+    mla = config.replace(num_key_value_heads=config.num_attention_heads)
+    return named | {
+        "MLA, expanded": Kind(mla, expanded=True),
+        "MLA, naive": Kind(mla),
+        "MLA, absorbed": Kind(mla, absorb=True),
+    }
+
+
+def best_seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """The shortest of ``repeats`` times of ``run()``, after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        _wait()
+        began = time.perf_counter()
+        run()
+        _wait()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine can do at best, as measured."""
+
+    flops: float
+    """fp32 operations per second, in a large matrix product (a multiply-add is two)."""
+    bandwidth: float
+    """Bytes read per second by a matrix-vector product whose matrix no cache holds."""
+
+    @property
+    def ridge(self) -> float:
+        """Operations per byte at which both ceilings meet; below it, bytes decide."""
+        return self.flops / self.bandwidth
+
+
+def measure_ceilings(device: str = "cpu", megabytes: int = 256) -> Ceilings:
+    """Both ceilings, measured in about a second."""
+    side = 1024
+    square = torch.ones(side, side, device=device)
+    product = best_seconds(lambda: square @ square)
+    matrix = torch.ones(megabytes * 2**20 // (4 * 4096), 4096, device=device)
+    vector = torch.ones(4096, device=device)
+    reading = best_seconds(lambda: matrix @ vector)
+    return Ceilings(2 * side**3 / product, matrix.numel() * 4 / reading)
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """One new token through one attention layer that remembers ``context`` earlier ones."""
+
+    context: int
+    seconds: float
+    nbytes: int
+    """What the cache's live tensors hold for ``context`` tokens."""
+    formula: int
+    """The same by ``accounting``; equal, or a test fails."""
+
+
+class DecodeLayer:
+    """One attention layer of a ``Kind`` and a cache, ready to be timed at any context.
+
+    Weights are random; the layer is made once, so that a curve over context shares it.
+    """
+
+    def __init__(self, kind: Kind, max_context: int, batch: int = 1, device: str = "cpu") -> None:
+        config, self.kind, self.batch = kind.config.replace(num_hidden_layers=1), kind, batch
+        self.config = config.replace(first_k_dense_replace=min(1, config.first_k_dense_replace))
+        grouped = config.attention == "gqa"
+        with torch.device(device):
+            layer = (GroupedQueryAttention if grouped else MultiHeadLatentAttention)(config)
+            self.x = torch.randn(batch, 1, config.hidden_size)
+        self.layer = layer.requires_grad_(False)
+        store = KVCache if grouped or kind.expanded else LatentCache
+        self.cache = store(config, 1, batch, max_context + 1, device=device)
+        for tensor in self.cache.stores:
+            tensor.normal_()
+
+    def step(self, context: int) -> torch.Tensor:
+        """Decode the token after ``context`` remembered ones; the cache keeps its length."""
+        self.cache.length = context
+        cos, sin = rope_table(self.config, context, 1, str(self.x.device))
+        return self.layer(self.x, cos, sin, self.cache, 0, self.kind.absorb)
+
+    def measure(self, context: int, repeats: int = 5) -> DecodeStep:
+        """Time and bytes at ``context``."""
+        seconds = best_seconds(lambda: self.step(context), repeats)
+        formula = cache_bytes(self.config, context, self.batch, 4, self.kind.expanded)
+        return DecodeStep(context, seconds, self.cache.nbytes, formula)

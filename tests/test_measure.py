@@ -1,0 +1,60 @@
+"""Times are not tested, only what is timed: the right attention, on the right number of tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dsv3_mini.config import ModelConfig
+from dsv3_mini.measure import DecodeLayer, best_seconds, kinds, measure_ceilings
+
+MINI = ModelConfig.mini()
+# Numbers per token that Table 1 of DeepSeek-V2 gives for 4 heads of 32, latent 32, rotary 16.
+NUMBERS = {
+    "MHA": 2 * 4 * 32,
+    "GQA": 2 * 2 * 32,
+    "MQA": 2 * 32,
+    "MLA, expanded": 4 * (48 + 32),
+    "MLA, naive": 48,
+    "MLA, absorbed": 48,
+}
+
+
+def test_every_kind_is_measured() -> None:
+    assert kinds(MINI, 2).keys() == NUMBERS.keys()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_live_bytes_equal_the_formula(name: str, batch: int) -> None:
+    layer = DecodeLayer(kinds(MINI, 2)[name], 40, batch)
+    for context in (1, 17, 40):
+        step = layer.measure(context, repeats=1)
+        assert step.nbytes == step.formula == NUMBERS[name] * 4 * context * batch
+        assert step.seconds > 0
+        assert layer.cache.length == context
+
+
+def test_naive_and_absorbed_decode_the_same_token() -> None:
+    naive, absorbed = (DecodeLayer(kinds(MINI, 2)[f"MLA, {n}"], 9) for n in ("naive", "absorbed"))
+    absorbed.layer, absorbed.x = naive.layer, naive.x
+    absorbed.cache.stores = [store.clone() for store in naive.cache.stores]
+    torch.testing.assert_close(naive.step(9), absorbed.step(9), atol=1e-5, rtol=1e-5)
+
+
+def test_a_step_sees_all_of_its_context_and_nothing_behind_it() -> None:
+    layer = DecodeLayer(kinds(MINI, 2)["GQA"], 9)
+    before = layer.step(6).clone()
+    for store in layer.cache.stores:
+        store[..., 7:, :] = float("nan")
+    assert torch.equal(layer.step(6), before)
+    layer.cache.stores[1][..., 0, :] += 1
+    assert not torch.equal(layer.step(6), before)
+
+
+def test_ceilings_and_best_time() -> None:
+    ceilings = measure_ceilings(megabytes=8)
+    assert ceilings.ridge == ceilings.flops / ceilings.bandwidth > 0
+    calls: list[int] = []
+    assert best_seconds(lambda: calls.append(1), repeats=3) >= 0
+    assert len(calls) == 4
