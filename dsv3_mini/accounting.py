@@ -153,6 +153,27 @@ def forward_flops(config: ModelConfig, context: float) -> Flops:
     )
 
 
+def decode_flops(
+    config: ModelConfig, context: int, absorb: bool = False, expanded: bool = False
+) -> int:
+    """Operations of one new token in one attention layer that sees ``context`` tokens, itself too.
+
+    MLA's naive path makes every head's keys and values again for all of them, unless the cache
+    holds them ``expanded``; the absorbed path computes with the latents. No norms, no softmax.
+    """
+    heads, weights = config.num_attention_heads, attention_parameters(config)
+    per_token = heads * (config.qk_head_dim + config.v_head_dim)
+    if config.attention == "mla":
+        weights -= config.kv_lora_rank + (config.q_lora_rank or 0)
+        expansion = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        if absorb:
+            per_token = heads * (2 * config.kv_lora_rank + config.qk_rope_head_dim)
+        elif not expanded:
+            per_token += expansion
+            weights -= expansion  # the new token is one of the context
+    return 2 * (weights + context * per_token)
+
+
 def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Forward and backward of one token, averaged over a causal sequence: 3 x forward.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3_mini.accounting import cache_bytes
+from dsv3_mini.accounting import cache_bytes, decode_flops
 from dsv3_mini.attention import GroupedQueryAttention
 from dsv3_mini.cache import KVCache, LatentCache
 from dsv3_mini.config import ModelConfig
@@ -108,6 +108,10 @@ class DecodeStep:
     """What the cache's live tensors hold for ``context`` tokens."""
     formula: int
     """The same by ``accounting``; equal, or a test fails."""
+    read: int
+    """Bytes that the step reads: every weight once, and the cache."""
+    flops: int
+    """Operations of the step, by ``accounting``."""
 
 
 class DecodeLayer:
@@ -117,8 +121,8 @@ class DecodeLayer:
     """
 
     def __init__(self, kind: Kind, max_context: int, batch: int = 1, device: str = "cpu") -> None:
-        config, self.kind, self.batch = kind.config.replace(num_hidden_layers=1), kind, batch
-        self.config = config.replace(first_k_dense_replace=min(1, config.first_k_dense_replace))
+        config = kind.config.replace(num_hidden_layers=1, first_k_dense_replace=1)
+        self.config, self.kind, self.batch = config, kind, batch
         grouped = config.attention == "gqa"
         with torch.device(device):
             layer = (GroupedQueryAttention if grouped else MultiHeadLatentAttention)(config)
@@ -139,4 +143,7 @@ class DecodeLayer:
         """Time and bytes at ``context``."""
         seconds = best_seconds(lambda: self.step(context), repeats)
         formula = cache_bytes(self.config, context, self.batch, 4, self.kind.expanded)
-        return DecodeStep(context, seconds, self.cache.nbytes, formula)
+        weights = sum(p.numel() * p.element_size() for p in self.layer.parameters())
+        flops = decode_flops(self.config, context + 1, self.kind.absorb, self.kind.expanded)
+        nbytes = self.cache.nbytes
+        return DecodeStep(context, seconds, nbytes, formula, weights + nbytes, flops)

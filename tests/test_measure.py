@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.measure import DecodeLayer, best_seconds, kinds, measure_ceilings
+from dsv3_mini.rope import rope_table
 
 MINI = ModelConfig.mini()
 # Numbers per token that Table 1 of DeepSeek-V2 gives for 4 heads of 32, latent 32, rotary 16.
@@ -50,6 +52,20 @@ def test_a_step_sees_all_of_its_context_and_nothing_behind_it() -> None:
     assert torch.equal(layer.step(6), before)
     layer.cache.stores[1][..., 0, :] += 1
     assert not torch.equal(layer.step(6), before)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_operations_and_bytes_read(name: str) -> None:
+    """Operations as torch counts them, one call at a time, when nothing is fused."""
+    layer = DecodeLayer(kinds(MINI, 2)[name], 40)
+    layer.cache.length = 31
+    tables = rope_table(layer.config, 31, 1, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        layer.layer(layer.x, *tables, layer.cache, 0, layer.kind.absorb, fused=False)
+    step = layer.measure(31, repeats=1)
+    assert step.flops == counter.get_total_flops()
+    weights = sum(parameter.numel() for parameter in layer.layer.parameters())
+    assert step.read == 4 * (weights + 31 * NUMBERS[name])
 
 
 def test_ceilings_and_best_time() -> None:
