@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dsv3_mini.accounting import cache_bytes, decode_flops
 from dsv3_mini.attention import GroupedQueryAttention
@@ -117,17 +118,21 @@ class DecodeStep:
 class DecodeLayer:
     """One attention layer of a ``Kind`` and a cache, ready to be timed at any context.
 
-    Weights are random; the layer is made once, so that a curve over context shares it.
+    Weights are random, or those of the layer ``like`` (same parameters): 748 MB are not held twice.
     """
 
-    def __init__(self, kind: Kind, max_context: int, batch: int = 1, device: str = "cpu") -> None:
+    def __init__(
+        self, kind: Kind, max_context: int, batch: int = 1, device: str = "cpu",
+        like: DecodeLayer | None = None,
+    ) -> None:  # fmt: skip
         config = kind.config.replace(num_hidden_layers=1, first_k_dense_replace=1)
         self.config, self.kind, self.batch = config, kind, batch
         grouped = config.attention == "gqa"
+        made = GroupedQueryAttention if grouped else MultiHeadLatentAttention
         with torch.device(device):
-            layer = (GroupedQueryAttention if grouped else MultiHeadLatentAttention)(config)
+            layer = made(config) if like is None else like.layer
             self.x = torch.randn(batch, 1, config.hidden_size)
-        self.layer = layer.requires_grad_(False)
+        self.layer: nn.Module = layer.requires_grad_(False)
         store = KVCache if grouped or kind.expanded else LatentCache
         self.cache = store(config, 1, batch, max_context + 1, device=device)
         for tensor in self.cache.stores:

@@ -38,8 +38,9 @@ def test_live_bytes_equal_the_formula(name: str, batch: int) -> None:
 
 
 def test_naive_and_absorbed_decode_the_same_token() -> None:
-    naive, absorbed = (DecodeLayer(kinds(MINI, 2)[f"MLA, {n}"], 9) for n in ("naive", "absorbed"))
-    absorbed.layer, absorbed.x = naive.layer, naive.x
+    naive = DecodeLayer(kinds(MINI, 2)["MLA, naive"], 9)
+    absorbed = DecodeLayer(kinds(MINI, 2)["MLA, absorbed"], 9, like=naive)
+    absorbed.x = naive.x
     absorbed.cache.stores = [store.clone() for store in naive.cache.stores]
     torch.testing.assert_close(naive.step(9), absorbed.step(9), atol=1e-5, rtol=1e-5)
 

@@ -50,6 +50,15 @@ def test_only_the_right_distance_scores(back: int, share: float) -> None:
     assert accuracy.mean().item() == pytest.approx(share, abs=0.015)
 
 
+def test_models_of_any_rank_and_heads_have_the_same_size() -> None:
+    sizes = [
+        sum(p.numel() for p in Transformer(recall_config(rank, heads)).parameters())
+        for heads in (1, 4)
+        for rank in (1, 4, 32)
+    ]
+    assert 41_800 < min(sizes) <= max(sizes) <= 42_000
+
+
 def test_it_is_learned_in_a_second() -> None:
     torch.manual_seed(0)
     model = Transformer(recall_config())

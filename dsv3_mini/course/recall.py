@@ -16,22 +16,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_mini.accounting import count_parameters
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import Transformer
 
 BACK = 5
 LENGTH = 32
+PARAMETERS = 42_000
 
 Model = TypeVar("Model", bound=Transformer)
 
 
-def recall_config() -> ModelConfig:
-    """One dense layer of MLA, 64 wide, over 32 symbols."""
-    return ModelConfig.mini().replace(
-        vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-        first_k_dense_replace=1, num_nextn_predict_layers=0, q_lora_rank=32, kv_lora_rank=16,
-        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+def recall_config(rank: int = 16, heads: int = 4) -> ModelConfig:
+    """One dense layer of MLA, 64 wide, over 32 symbols; heads share 64 numbers.
+
+    The feed-forward takes up the difference, so that models of any latent ``rank`` and number of
+    ``heads`` have equally many parameters, to within one of its neurons.
+    """
+    config = ModelConfig.mini().replace(
+        vocab_size=32, hidden_size=64, intermediate_size=1, num_hidden_layers=1,
+        first_k_dense_replace=1, num_nextn_predict_layers=0, num_attention_heads=heads,
+        num_key_value_heads=heads, q_lora_rank=32, kv_lora_rank=rank,
+        qk_nope_head_dim=64 // heads, qk_rope_head_dim=8, v_head_dim=64 // heads,
     )  # fmt: skip
+    neuron = 3 * config.hidden_size
+    return config.replace(
+        intermediate_size=1 + (PARAMETERS - count_parameters(config).total) // neuron
+    )
 
 
 def recall_batch(model: Transformer, batch: int, length: int, seed: int) -> tuple[Tensor, Tensor]:

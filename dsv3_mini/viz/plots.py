@@ -111,9 +111,7 @@ def roofline(ceilings: Ceilings, points: Mapping[str, tuple[float, float, float]
         axes.text(
             span[-1], roof[-1] * 1.12, f"{ceilings.flops / 1e9:.0f} GFLOP/s", ha="right", fontsize=9
         )
-        axes.text(
-            span[0] * 1.1, roof[0] * 2.3, f"{ceilings.bandwidth / 1e9:.0f} GB/s", fontsize=9
-        )
+        axes.text(span[0] * 1.1, roof[0] * 2.3, f"{ceilings.bandwidth / 1e9:.0f} GB/s", fontsize=9)
         for index, (name, (flops, _, seconds)) in enumerate(points.items()):
             speed = flops / seconds / 1e9
             axes.plot(intensity[name], speed, MARKERS[index % 6], color=COLOURS[1], markersize=8)
