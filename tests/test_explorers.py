@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from dsv3_mini.config import ConfigError
+from dsv3_mini.config import ConfigError, RopeScaling
 from dsv3_mini.viz import mla_explorer, rope_explorer, yarn_explorer
 from dsv3_mini.viz.mla_explorer import MLAExplorer, cache_figure, cache_numbers, decode_reads
 from dsv3_mini.viz.rope_explorer import RopeExplorer, rope_figure, rope_numbers, score, turned
@@ -204,6 +204,14 @@ def test_wavelengths_are_yarns_in_a_loop() -> None:
     np.testing.assert_allclose(stretched, [16 * math.pi / f for f in plain], rtol=1e-5)
     np.testing.assert_allclose(yarn, [2 * math.pi / f for f in mixed], rtol=1e-5)
     assert [line.get_ydata()[0] for line in waves.lines[3:]] == [1024, 8192]
+
+
+def test_one_mscale_fills_both_fields() -> None:
+    expected = RopeScaling(8, 1024, 16, 2, mscale=0.5, mscale_all_dim=0.5)
+    assert yarn_explorer.scaling_of(8, 1024, 16, 2, 0.5) == expected
+    term = 0.1 * 0.5 * math.log(8) + 1
+    numbers = yarn_numbers(factor=8, mscale=0.5)
+    assert numbers["softmax scale"] == f"{192**-0.5 * term**2:.6f}"
 
 
 def test_nothing_stretched_changes_nothing() -> None:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import ipywidgets as widgets
@@ -111,7 +112,8 @@ class ConfigExplorer(widgets.VBox):  # type: ignore[misc]
         self.numbers = widgets.HTML()
         self.problem = widgets.HTML()
         self.picture = widgets.Image(format="png", layout={"max_width": "860px"})
-        self.picture.alt = "Parameters by part of the model: all, and those used by one token"
+        # ipywidgets sends no alt text to the page; the tooltip is what a screen reader gets.
+        self.picture.tooltip = "Parameters by part of the model: all, and those used by one token"
         presets = {"V3 (671B)": "v3", "gpu": "gpu", "mini": "mini", "tiny": "tiny"}
         self.preset = widgets.Dropdown(options=presets, description="start from", value=None)
         self.preset.observe(self._choose_preset, names="value")
@@ -153,7 +155,7 @@ class ConfigExplorer(widgets.VBox):  # type: ignore[misc]
         try:
             self.config = self._read()
         except ConfigError as error:
-            self.problem.value = f"<b>Not possible:</b> {error}"
+            self.problem.value = f"<b>Not possible:</b> {escape(str(error))}"
             return
         self._show()
 

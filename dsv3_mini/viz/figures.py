@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.viz.block_diagram import block_diagram
 from dsv3_mini.viz.explorer import breakdown
+from dsv3_mini.viz.mla_explorer import cache_figure
+from dsv3_mini.viz.rope_explorer import rope_figure
 from dsv3_mini.viz.style import styled
+from dsv3_mini.viz.yarn_explorer import yarn_figure
 
 
 def all_figures() -> dict[str, Figure]:
@@ -22,6 +25,9 @@ def all_figures() -> dict[str, Figure]:
     return {
         "v3_layer": block_diagram({"mini": ModelConfig.mini(), "V3": ModelConfig.v3()}),
         "v3_parameters": breakdown(ModelConfig.v3()),
+        "v3_cache": cache_figure(),
+        "rope": rope_figure(),
+        "v3_yarn": yarn_figure(),
     }
 
 
