@@ -41,7 +41,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
         self.problem, self.numbers = widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout={"max_width": "100%"})
         # ipywidgets sends no alt to the page; the tooltip is what a screen reader gets to hear.
-        self.picture.alt = self.picture.tooltip = alt
+        self.picture.tooltip = alt
         self._draw, self._numbers = draw, numbers
         _line_up(self.controls)
         for control in self.controls.values():
