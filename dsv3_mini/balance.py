@@ -38,6 +38,17 @@ def update_bias(bias: Tensor, counts: Tensor, gamma: float) -> Tensor:
     return bias + gamma * step.to(bias.dtype)
 
 
+def update_bias_in_proportion(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
+    """The variant that V3 does not use: bias + rate x (mean load - load) / mean load.
+
+    Source: Loss-Free Balancing, Table 3, which kept the sign for its better perplexity. The paper
+    does not say whether its error is a raw count; here it is relative, as MaxVio is.
+    """
+    load = counts.to(torch.float64)
+    mean = load.mean(dim=-1, keepdim=True)
+    return bias + (rate * (mean - load) / mean.clamp(min=1)).to(bias.dtype)
+
+
 def max_violation(counts: Tensor) -> Tensor:
     """MaxVio = (max load - mean load) / mean load over the last dimension; 0 is perfect balance.
 

@@ -10,12 +10,13 @@ Legend: B batch, T new tokens, D hidden, V vocabulary, R rotary width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from dsv3_mini.balance import sequence_balance_loss
+from dsv3_mini.balance import batch_balance_loss, sequence_balance_loss
 from dsv3_mini.block import DecoderLayer
 from dsv3_mini.cache import Cache, CacheError, KVCache, LatentCache
 from dsv3_mini.config import ModelConfig
@@ -51,11 +52,19 @@ class ModelOutput:
 
         As eq 18 says, it counts the K best raw scores. Perfect balance gives the layer count.
         """
+        return self._balance(sequence_balance_loss)
+
+    @property
+    def batch_balance_loss(self) -> Tensor:
+        """The same with the batch taken as one sequence (report 4.5.3); V3 does not use it."""
+        return self._balance(batch_balance_loss)
+
+    def _balance(self, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         losses = []
         for routing in self.routing:
             chosen = routing.indices_BTK.shape[-1]
             best = routing.scores_BTE.topk(chosen, dim=-1).indices
-            losses.append(sequence_balance_loss(routing.scores_BTE, best))
+            losses.append(loss(routing.scores_BTE, best))
         return torch.stack(losses).sum() if losses else self.logits.new_zeros(())
 
 

@@ -20,7 +20,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,8 @@ from dsv3_mini.config import ConfigError, require
 from dsv3_mini.data import Corpus
 from dsv3_mini.model import Transformer
 from dsv3_mini.mtp import mtp_loss
+
+Rule = Callable[[Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class TrainConfig:
     clip: float = 1.0
     gamma: float = 0.001
     alpha: float = 0.0001
+    alpha_batch: float = 0.0
+    """Weight of the batch-wise loss; V3 has none, notebook 05 compares."""
     mtp_lambda: float = 0.3
     seed: int = 0
 
@@ -64,7 +68,8 @@ class TrainConfig:
             require(name, getattr(self, name), 1, whole=True)
         for name in ("learning_rate", "clip"):
             require(name, getattr(self, name), 0, above=True)
-        for name in ("warmup", "weight_decay", "gamma", "alpha", "mtp_lambda", "seed"):
+        weights = ("gamma", "alpha", "alpha_batch", "mtp_lambda")
+        for name in ("warmup", "weight_decay", *weights, "seed"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected 0 or more")
         for name in ("final_ratio", "beta1", "beta2"):
@@ -131,10 +136,12 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def train_step(
-    model: Transformer, state: TrainState, config: TrainConfig, batches: list[Tensor]
-) -> Record:
+    model: Transformer, state: TrainState, config: TrainConfig, batches: list[Tensor],
+    rule: Rule = update_bias,
+) -> Record:  # fmt: skip
     """One optimizer step on micro-batches of tokens (B, T + 1); moves the biases once, at the end.
 
+    ``rule`` makes the next bias of a layer from the present one, its load and gamma.
     Source: report 4.2 and eqs 16, 17, 24, 25.
     """
     began = time.perf_counter()
@@ -149,6 +156,8 @@ def train_step(
         further = mtp_loss(output.mtp_logits, tokens)
         balance = output.balance_loss
         extra = sum(further, main.new_zeros(())) * (config.mtp_lambda / max(depths, 1))
+        if config.alpha_batch:
+            extra = extra + config.alpha_batch * output.batch_balance_loss
         ((main + extra + config.alpha * balance) / len(batches)).backward()
         losses.append(torch.stack([main, balance, *further]).detach())
         if output.routing:
@@ -160,9 +169,8 @@ def train_step(
     state.optimizer.step()
     counts_LE = torch.stack(counts).sum(dim=0) if counts else torch.zeros(0, 1, dtype=torch.int64)
     for gate, load_E in zip(model.gates, counts_LE, strict=True):
-        gate.e_score_correction_bias.copy_(
-            update_bias(gate.e_score_correction_bias, load_E, config.gamma)
-        )
+        bias_E = gate.e_score_correction_bias
+        bias_E.copy_(rule(bias_E, load_E, config.gamma))
     state.step += 1
     main_loss, balance_loss, *mtp_losses = torch.stack(losses).mean(dim=0).tolist()
     return Record(
@@ -180,8 +188,9 @@ def train_step(
 
 
 def train(
-    model: Transformer, corpus: Corpus, config: TrainConfig, state: TrainState | None = None
-) -> Iterator[Record]:
+    model: Transformer, corpus: Corpus, config: TrainConfig, state: TrainState | None = None,
+    rule: Rule = update_bias,
+) -> Iterator[Record]:  # fmt: skip
     """Train until ``config.steps`` steps are done, yielding one Record after each.
 
     With ``state`` it goes on where that state is; the caller may stop at any time and lose
@@ -205,7 +214,7 @@ def train(
             corpus.batch(number, config.batch_size, config.seq_len, config.seed)[0].to(where)
             for number in range(first, first + config.accumulate)
         ]
-        yield train_step(model, state, config, batches)
+        yield train_step(model, state, config, batches, rule)
 
 
 @torch.no_grad()
