@@ -112,8 +112,6 @@ class ConfigExplorer(widgets.VBox):  # type: ignore[misc]
         self.numbers = widgets.HTML()
         self.problem = widgets.HTML()
         self.picture = widgets.Image(format="png", layout={"max_width": "860px"})
-        # ipywidgets sends no alt text to the page; the tooltip is what a screen reader gets.
-        self.picture.tooltip = "Parameters by part of the model: all, and those used by one token"
         presets = {"V3 (671B)": "v3", "gpu": "gpu", "mini": "mini", "tiny": "tiny"}
         self.preset = widgets.Dropdown(options=presets, description="start from", value=None)
         self.preset.observe(self._choose_preset, names="value")
@@ -136,7 +134,7 @@ class ConfigExplorer(widgets.VBox):  # type: ignore[misc]
         if name == "rope_scaling":
             return widgets.Checkbox(value=value is not None, **(look | {"description": "YaRN"}))
         if isinstance(value, bool):
-            return widgets.Checkbox(value=value, **look)
+            return widgets.Checkbox(value=value, layout={"width": "auto"}, **look)
         if isinstance(value, float):
             return widgets.FloatText(value=value, **look)
         note = " (0: none)" if name == "q_lora_rank" else ""

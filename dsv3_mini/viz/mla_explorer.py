@@ -109,14 +109,15 @@ def cache_numbers(
     config, width = mla_config(**sizes), BYTES[dtype]
     compared = kinds(config, num_key_value_heads)
     latent = cache_numbers_per_token(config)
-    rows = {}
+    rows = {"cached": f"{batch:,} x {context:,} tokens"}
     for name, (kind, expanded) in reversed(compared.items()):
         count = cache_numbers_per_token(kind, expanded)
-        rows[f"{name}: numbers per token and layer"] = f"{count:,} ({count / latent:.2f}x)"
         per_token = cache_bytes(kind, 1, 1, width, expanded)
-        rows[f"{name}: bytes per token, all layers"] = f"{per_token:,} B"
         total = cache_bytes(kind, context, batch, width, expanded)
-        rows[f"{name}: {batch} x {context:,} tokens"] = readable(total)
+        rows[name] = (
+            f"{count:,} numbers a layer ({count / latent:.2f}x), {per_token:,} B a token, "
+            f"{readable(total)}"
+        )
     one_group = cache_numbers_per_token(compared[MQA][0])
     rows["GQA groups that cost as much as MLA latent"] = f"{latent / one_group:.2f}"
     shapes = projections(config)
@@ -126,8 +127,10 @@ def cache_numbers(
     rows["all projections of a layer"] = f"{every:,} parameters"
     for name in (LATENT, MHA):
         weights, cache = decode_reads(compared[name][0], context, batch, dtype)
-        rows[f"{name}: read by a decode step"] = readable(weights + cache)
-        rows[f"{name}: of that, cache"] = f"{cache / (weights + cache):.1%}"
+        share = cache / (weights + cache)
+        rows[f"{name}: a decode step reads"] = (
+            f"{readable(weights + cache)}, {share:.1%} of it cache"
+        )
     return rows
 
 
@@ -148,7 +151,7 @@ def cache_figure(
     }
     read = {name: decode_reads(compared[name][0], context, batch, dtype) for name in (MHA, LATENT)}
     with styled():
-        figure = new_figure(10.4, 3.6)
+        figure = new_figure(9.6, 3.6)
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _cache_panel(left, cached)
         _reads_panel(right, read)

@@ -93,7 +93,7 @@ def rope_figure(
     """The chosen pair turned, every pair's wavelength, and the score against the distance."""
     _check(query, key, pair, width, theta)
     with styled():
-        figure = new_figure(11.4, 3.9)
+        figure = new_figure(9.8, 3.9)
         arrows, waves, scores = figure.subplots(1, 3, width_ratios=(4, 4, 5))
         _arrow_panel(arrows, query, key, pair, width, theta)
         _wave_panel(waves, pair, width, theta)

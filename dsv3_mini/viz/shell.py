@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from dsv3_mini.viz.style import png
 
-ROWS = 13  # in one table; more numbers go into another table beside it
+ROWS = 16  # in one table; more numbers go into another table beside it
 LONGEST_REPR = 110  # characters; a notebook cuts longer ones
 
 
@@ -40,15 +40,15 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
         self.shown: dict[str, str] = {}
         self.problem, self.numbers = widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout={"max_width": "100%"})
-        # ipywidgets sends no alt to the page; the tooltip is what a screen reader gets to hear.
-        self.picture.tooltip = alt
+        # Image sends no alt text to the page, and with a tooltip it is not shown at all.
+        caption = widgets.HTML(f"<small>{html.escape(alt, quote=False)}</small>")
         self._draw, self._numbers = draw, numbers
         _line_up(self.controls)
         for control in self.controls.values():
             control.observe(self._changed, names="value")
         grid = {"grid_template_columns": "repeat(auto-fill, minmax(420px, 1fr))"}
         controls_grid = widgets.GridBox(list(self.controls.values()), layout=grid)
-        super().__init__([controls_grid, self.problem, self.picture, self.numbers])
+        super().__init__([controls_grid, self.problem, self.picture, caption, self.numbers])
         self._changed(None)
 
     def _changed(self, _: object) -> None:
@@ -100,7 +100,7 @@ def choice(label: str, value: Any, options: Mapping[str, Any]) -> widgets.Select
 
 def _line_up(controls: Mapping[str, Any]) -> None:
     # One label width for all, with room for the longest at the notebook's 13 pixels.
-    width = 7 * max((len(control.description) for control in controls.values()), default=0) + 14
+    width = 8 * max((len(control.description) for control in controls.values()), default=0) + 14
     for control in controls.values():
         control.style.description_width = f"{width}px"
         control.layout.width = "auto"

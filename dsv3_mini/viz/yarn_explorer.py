@@ -97,7 +97,7 @@ def yarn_figure(
     scaling = scaling_of(factor, original, beta_fast, beta_slow, mscale)
     model_config(scaling, width, theta, head_width)
     with styled():
-        figure = new_figure(10.4, 3.8)
+        figure = new_figure(9.6, 3.8)
         left, right = figure.subplots(1, 2, width_ratios=(2, 3))
         _ramp_panel(left, yarn_ramp(width, theta, scaling).tolist(), factor)
         _wave_panel(right, width, theta, scaling)
