@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
 from dsv3_mini.measure import Ceilings
-from dsv3_mini.viz.plots import dots, lines, roofline
+from dsv3_mini.viz.plots import dots, heatmaps, lines, roofline
 from dsv3_mini.viz.style import png
 
 
@@ -55,3 +55,14 @@ def test_roofline_bends_at_the_ridge() -> None:
     assert (reads.get_xdata()[0], reads.get_ydata()[0]) == (0.5, 5.0)  # type: ignore[index]
     assert (computes.get_xdata()[0], computes.get_ydata()[0]) == (80.0, 80.0)  # type: ignore[index]
     assert [text.get_text() for text in names(figure)] == ["reads", "computes"]
+
+
+def test_heatmaps_share_a_scale() -> None:
+    panels = {"one": [[0.0, 1.0], [2.0, 3.0]], "two": [[1.0, 1.0], [1.0, 5.0]]}
+    figure = heatmaps(panels, ["a", "b"], "expert", "load")
+    png(figure)
+    for axes, values in zip(figure.axes, panels.values(), strict=False):
+        [image] = axes.images
+        assert image.get_array().tolist() == values  # type: ignore[union-attr]
+        assert image.get_clim() == (0.0, 5.0)
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]

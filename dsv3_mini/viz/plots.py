@@ -1,5 +1,5 @@
-"""Three plain plots that the notebooks share: lines with labels at their ends, seeds as dots, and
-the roofline.
+"""Plain plots that the notebooks share: lines with labels at their ends, seeds as dots, shares as
+heat maps, and the roofline.
 
 Why labels at the ends: a reader should not have to match five greys with a legend.
 """
@@ -82,7 +82,7 @@ def dots(
         if logy:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if bar is not None:
             axes.axhline(bar[1], color=COLOURS[3], linestyle="--", linewidth=1.2)
             axes.annotate(
@@ -93,6 +93,25 @@ def dots(
         axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set(ylabel=ylabel, title=title)
         axes.grid(axis="x", visible=False)
+    return figure
+
+
+def heatmaps(
+    panels: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], xlabel: str, unit: str
+) -> Figure:
+    """One map a panel, all on one scale; the numbers of a row are its columns' values."""
+    highest = max(max(map(max, values)) for values in panels.values())
+    with styled():
+        figure = new_figure(8.6, 0.62 + (0.45 + 0.28 * len(rows)) * len(panels))
+        every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (name, values) in zip(every, panels.items(), strict=True):
+            shown = axes.imshow(values, cmap="Blues", vmin=0, vmax=highest, aspect="auto")
+            axes.set_title(name)
+            axes.set_yticks(range(len(rows)), rows)
+            axes.grid(visible=False)
+        every[-1].set_xticks(range(len(values[0])))
+        every[-1].set_xlabel(xlabel)
+        figure.colorbar(shown, ax=list(every), label=unit)
     return figure
 
 
