@@ -153,6 +153,21 @@ class Transformer(nn.Module):
         used = [routing for routing in routings if routing is not None]
         return ModelOutput(self.lm_head(hidden), hidden, mtp_logits, used)
 
+    def draft(self, hidden_BTD: Tensor, following_BT: Tensor, cache: Cache) -> Tensor:
+        """Logits (B, T, V) of MTP depth 1 for the token after ``following``; extends cache.mtp[0].
+
+        ``hidden`` are the main model's next T states, ``following`` the tokens right after each.
+        The caller keeps both in step: speculation knows which states were verified, and a plain
+        ``mtp=True`` does not. Source: report 2.2, eqs 21-23.
+        """
+        inner = cache.mtp[0]
+        new = following_BT.shape[1]
+        cos, sin = rope_table(self.config, inner.length, new, str(following_BT.device))
+        layer = self.model.layers[self.config.num_hidden_layers]
+        logits_BTV, _, _ = layer(hidden_BTD, following_BT, cos, sin, inner)
+        inner.advance(new)
+        return logits_BTV
+
     def _predict_further(
         self, state: Tensor, tokens: Tensor, cache: Cache | None, absorb: bool | None, fused: bool
     ) -> tuple[list[Tensor], list[Routing | None]]:
