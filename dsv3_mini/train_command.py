@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of this run")
     parser.add_argument("--preset", choices=("tiny", "mini", "gpu"), default="mini")
+    parser.add_argument("--layers", type=int, help="main layers (default: the preset's)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves")
     parser.add_argument("--characters", type=int, default=400_000, help="of text per domain")
     for field in dataclasses.fields(TrainConfig):
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         config = TrainConfig(**{name: getattr(args, name) for name in names})
         corpus = load_corpus(characters=args.characters)
         model_config: ModelConfig = getattr(ModelConfig, args.preset)()
-        model_config = model_config.replace(vocab_size=corpus.vocab_size)
+        layers = model_config.num_hidden_layers if args.layers is None else args.layers
+        model_config = model_config.replace(vocab_size=corpus.vocab_size, num_hidden_layers=layers)
         run = Run.open(args.out, model_config, config, corpus, device())
         # A first Ctrl-C ends the run after the current step and saves it.
         stopped: list[int] = []

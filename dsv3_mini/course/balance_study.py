@@ -1,25 +1,22 @@
 """Ways to balance experts, each trained from several seeds, side by side.
 
 Why a study and not a run: at this size the spread between seeds is larger than most differences,
-and a single run shows whatever one likes. All runs are independent, so they share the machine's
-cores, one thread each; the results do not depend on how many there are.
+and a single run shows whatever one likes.
 
 Legend: D domains, n windows, L MoE layers, E experts.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
 from dsv3_mini.balance import max_violation, update_bias, update_bias_in_proportion
 from dsv3_mini.course.experts import small_moe
+from dsv3_mini.course.runs import run_all
 from dsv3_mini.data import load_corpus
 from dsv3_mini.model import Transformer
 from dsv3_mini.train import TrainConfig, evaluate, train
@@ -91,13 +88,7 @@ def study(
     ways: Mapping[str, Way], seeds: int = 5, workers: int | None = None, steps: int = 80
 ) -> dict[str, list[Outcome]]:
     """Every way from every seed 0 .. seeds - 1, on ``workers`` processes (default: all cores)."""
-    workers = workers or min(os.cpu_count() or 1, len(ways) * seeds)
-    context = get_context("spawn")  # a fork of a notebook's threads may hang
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        jobs = {
-            n: [pool.submit(run, way, s, steps) for s in range(seeds)] for n, way in ways.items()
-        }
-        return {name: [job.result() for job in each] for name, each in jobs.items()}
+    return run_all(run, ways, seeds, steps, workers)
 
 
 def domain_spread(load_DnLE: Tensor) -> float:
