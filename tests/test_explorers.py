@@ -88,7 +88,7 @@ def test_decode_step_reads_all_attention_weights_once_and_every_cache() -> None:
     assert cache == 70_272 * 1000 * 3
     assert decode_reads(config, 1000, 3, "FP32") == (2 * weights, 2 * cache)
     shown = cache_numbers(context=1000, batch=3)
-    assert shown["MLA latent: a decode step reads"] == (
+    assert shown["MLA latent: attention reads in a step"] == (
         f"{(weights + cache) / 2**30:.2f} GiB, {cache / (weights + cache):.1%} of it cache"
     )
 
@@ -107,7 +107,7 @@ def test_cache_numbers_follow_small_sizes() -> None:
     weights = 40 * 20 + 8 * 20 + 80 * 6 + 20 * 48
     assert numbers["all projections of a layer"] == f"{weights:,} parameters"
     read = weights + 6 + 8 * 30  # 6 for the norm on the latent
-    assert numbers["MLA latent: a decode step reads"].startswith(f"{read:,} B, ")
+    assert numbers["MLA latent: attention reads in a step"].startswith(f"{read:,} B, ")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "train": {"model", "balance", "data", "fp8", "mtp", "config", "checkpoint", "environment"},
     "resume": {"train", "model", "data", "checkpoint", "config"},
-    "train_command": {"train", "resume", "data", "environment", "config"},
+    "train_command": {"train", "resume", "data", "environment", "config", "checkpoint"},
     "generate": {"model", "cache"},
     "speculative": {"generate", "model", "cache"},
     "checkpoint": {"model", "fp8", "config"},

@@ -83,10 +83,15 @@ def recall_loss(model: Transformer, length: int = LENGTH, batch: int = 32) -> Te
 
 
 @torch.no_grad()
-def recall_accuracy(model: Transformer, length: int = LENGTH, batch: int = 32) -> Tensor:
-    """Share of right answers at each position from ``BACK`` on, (T - BACK,), unseen sequences."""
+def recall_accuracy(
+    model: Transformer, length: int = LENGTH, batch: int = 32, absorb: bool | None = None
+) -> Tensor:
+    """Share of right answers at each position from ``BACK`` on, (T - BACK,), unseen sequences.
+
+    ``absorb`` chooses MLA's path, as in the model.
+    """
     tokens_BT, targets_BT = recall_batch(model, batch, length, seed=2**40)
-    right_BT = model(tokens_BT).logits.argmax(dim=-1) == targets_BT
+    right_BT = model(tokens_BT, absorb=absorb).logits.argmax(dim=-1) == targets_BT
     return right_BT.float().mean(dim=0)[BACK:]
 
 

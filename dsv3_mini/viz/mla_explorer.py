@@ -128,7 +128,7 @@ def cache_numbers(
     for name in (LATENT, MHA):
         weights, cache = decode_reads(compared[name][0], context, batch, dtype)
         share = cache / (weights + cache)
-        rows[f"{name}: a decode step reads"] = (
+        rows[f"{name}: attention reads in a step"] = (
             f"{readable(weights + cache)}, {share:.1%} of it cache"
         )
     return rows

@@ -29,7 +29,7 @@ def lines(
         axes = figure.add_subplot()
         for index, values in enumerate(curves.values()):
             axes.plot(
-                x, values, color=COLOURS[index % 5], linestyle=DASHES[index % 5],
+                x, values, color=COLOURS[index % 5], linestyle=DASHES[(index + index // 5) % 5],
                 marker=MARKERS[index % 6] if marks else "", markersize=4.5,
             )  # fmt: skip
         _scales(axes, x, logx, logy)
