@@ -24,6 +24,7 @@ from dsv3_mini.attention import GroupedQueryAttention
 from dsv3_mini.cache import KVCache, LatentCache
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.mla import MultiHeadLatentAttention
+from dsv3_mini.model import Transformer
 from dsv3_mini.rope import rope_table
 
 
@@ -152,3 +153,42 @@ class DecodeLayer:
         flops = decode_flops(self.config, context + 1, self.kind.absorb, self.kind.expanded)
         nbytes = self.cache.nbytes
         return DecodeStep(context, seconds, nbytes, formula, weights + nbytes, flops)
+
+
+@dataclass(frozen=True)
+class SpeculationCosts:
+    """What speculative decoding pays at a context, in this machine's time."""
+
+    seconds: float
+    """One token through the main model."""
+    verify: float
+    """Two tokens at once, in units of ``seconds``."""
+    draft: float
+    """The MTP module on two states, in units of ``seconds``."""
+
+    def ceiling(self, acceptance: float) -> float:
+        """The best speed-up over plain decoding: (1 + p) / (verify + draft)."""
+        return (1 + acceptance) / (self.verify + self.draft)
+
+
+@torch.no_grad()
+def speculation_costs(model: Transformer, context: int, repeats: int = 20) -> SpeculationCosts:
+    """Measure all three on ``model`` after ``context`` random tokens."""
+    device = model.lm_head.weight.device
+    tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
+    cache = model.new_cache(1, context + 2, mtp=True)
+    states = model(tokens, cache).hidden
+    model.draft(states[:, :-1], tokens[:, 1:], cache)
+    known = cache.mtp[0].length
+
+    def step(count: int) -> None:
+        model(tokens[:, :count], cache)
+        cache.length = context  # not truncate: it would roll the module's cache back as well
+
+    def draft() -> None:
+        model.draft(states[:, :2], tokens[:, :2], cache)
+        cache.mtp[0].length = known
+
+    one = best_seconds(lambda: step(1), repeats)
+    two = best_seconds(lambda: step(2), repeats)
+    return SpeculationCosts(one, two / one, best_seconds(draft, repeats) / one)

@@ -7,6 +7,7 @@ progress bar and the handling of Ctrl-C, and needs tqdm for it.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import signal
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dsv3_mini.checkpoint import save_pretrained
 from dsv3_mini.config import ConfigError, ModelConfig
 from dsv3_mini.data import load_corpus
 from dsv3_mini.environment import device
@@ -31,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--preset", choices=("tiny", "mini", "gpu"), default="mini")
     parser.add_argument("--layers", type=int, help="main layers (default: the preset's)")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves")
+    parser.add_argument("--export", type=Path, help="at the end write bf16 weights alone here")
     parser.add_argument("--characters", type=int, default=400_000, help="of text per domain")
     for field in dataclasses.fields(TrainConfig):
         kind = int if field.type == "int" else float
@@ -67,5 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     for domain in corpus.domains:
         held_out = evaluate(run.model, corpus.windows(domain, config.seq_len, 32))
         print(f"{domain:12s} held-out loss {held_out:.3f} nats per token")
+    if args.export is not None and not stopped:
+        save_pretrained(copy.deepcopy(run.model).bfloat16(), args.export)
+        print(f"exported to {args.export}")
     print(f"step {run.state.step} of {config.steps} saved in {run.latest}")
     return 130 if stopped else 0

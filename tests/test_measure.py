@@ -7,7 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.measure import DecodeLayer, best_seconds, kinds, measure_ceilings
+from dsv3_mini.measure import (
+    DecodeLayer,
+    SpeculationCosts,
+    best_seconds,
+    kinds,
+    measure_ceilings,
+    speculation_costs,
+)
+from dsv3_mini.model import Transformer
 from dsv3_mini.rope import rope_table
 
 MINI = ModelConfig.mini()
@@ -75,3 +83,9 @@ def test_ceilings_and_best_time() -> None:
     calls: list[int] = []
     assert best_seconds(lambda: calls.append(1), repeats=3) >= 0
     assert len(calls) == 4
+
+
+def test_speculation_costs() -> None:
+    assert SpeculationCosts(0.001, 1.2, 0.2).ceiling(0.75) == pytest.approx(1.25)
+    costs = speculation_costs(Transformer(ModelConfig.tiny()), 9, repeats=1)
+    assert min(costs.seconds, costs.verify, costs.draft) > 0
