@@ -1,4 +1,4 @@
-"""Notebooks 04 and 05 in the browser: one's own sentence routed, and a run that obeys its controls."""
+"""Notebooks 04 and 05 in the browser: a sentence routed, and a run that obeys its controls."""
 
 from __future__ import annotations
 
