@@ -74,14 +74,13 @@ def generate(
     cache, stats = model.new_cache(batch, end - 1, mtp=True), Acceptance()
     done_B = torch.zeros(batch, dtype=torch.bool, device=device)
 
-    def decide(token_B: Tensor, fate: str) -> Tensor:
+    def decide(token_B: Tensor, fate: str) -> None:
         nonlocal tokens_BT, done_B
         if stop_token is not None:
             token_B = torch.where(done_B, stop_token, token_B)
             done_B = done_B | (token_B == stop_token)
         tokens_BT = torch.cat((tokens_BT, token_B[:, None]), dim=1)
         stats.fates.append(fate)
-        return token_B
 
     out = model(tokens_BT, cache)
     states_BTD = out.hidden
@@ -98,12 +97,13 @@ def generate(
         out = model(torch.stack((tokens_BT[:, -1], draft_B), dim=1), cache)
         stats.steps += 1
         next_B, kept_B = verify(out.logits[:, 0], q_BV, draft_B, temperature, generator)
-        stats.drafted += int((~done_B).sum())
-        stats.accepted += int((kept_B & ~done_B).sum())
-        both = bool((kept_B | done_B).all())
+        alive_B = ~done_B
+        alive, accepted = int(alive_B.sum()), int((kept_B & alive_B).sum())
+        stats.drafted += alive
+        stats.accepted += accepted
         decide(next_B, "accepted" if bool(kept_B[0]) else "rejected")
         states_BTD = out.hidden
-        if both and not bool(done_B.all()):
+        if accepted == alive and not bool(done_B.all()):
             decide(choose(out.logits[:, 1], temperature, generator), "plain")
         else:
             cache.truncate(cache.length - 1)
