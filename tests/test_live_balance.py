@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dsv3_mini.config import ConfigError, ModelConfig
-from dsv3_mini.data import Corpus
+from dsv3_mini.course.experts import small_moe
+from dsv3_mini.data import Corpus, load_corpus
 from dsv3_mini.model import Transformer
 from dsv3_mini.train import Record, TrainConfig, train
 from dsv3_mini.viz import live_run
@@ -492,3 +493,15 @@ def test_a_slow_front_end_costs_a_tenth(monkeypatch: pytest.MonkeyPatch) -> None
     time.sleep(0.7)
     assert run.stop()
     assert 1 <= live.frames <= (time.perf_counter() - began) / 0.3 + 3
+
+
+def test_a_control_moves_only_what_it_is_for() -> None:
+    """A mode set on the run, by a cell, stays when the reader moves gamma."""
+    run = LiveRun(Transformer(small_moe()), load_corpus(), TrainConfig(steps=2), mode="off")
+    live = LiveBalance(run)
+    run.mode = "bias"
+    live.gamma.value = 0.05
+    assert (run.mode, run.gamma) == ("bias", 0.05)
+    live.mode.value = "both"
+    assert (run.mode, run.gamma) == ("both", 0.05)
+    live.close()

@@ -14,6 +14,7 @@ import html
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as widgets
 from matplotlib.figure import Figure
@@ -87,8 +88,10 @@ class LiveBalance(widgets.VBox):  # type: ignore[misc]
     def __repr__(self) -> str:
         return "LiveBalance: press Start, then move the controls while it trains"
 
-    def _changed(self, _: object) -> None:
-        self.run.set(mode=self.mode.value, gamma=self.gamma.value, alpha=self.alpha.value)
+    def _changed(self, change: dict[str, Any]) -> None:
+        # Only the control that moved: a cell may have set another one on the run itself.
+        [name] = [n for n in ("mode", "gamma", "alpha") if getattr(self, n) is change["owner"]]
+        self.run.set(**{name: change["new"]})
         self._say()
 
     def _press(self, action: Callable[[], object]) -> None:

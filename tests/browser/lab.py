@@ -59,6 +59,13 @@ class Lab:
         nbformat.write(notebook, self.folder / name)
         return name
 
+    def extended(self, name: str, *sources: str) -> str:
+        """A copy of a notebook with more code cells at its end, and its name."""
+        notebook = nbformat.read(self.folder / name, as_version=4)
+        notebook.cells += [nbformat.v4.new_code_cell(source) for source in sources]
+        nbformat.write(notebook, self.folder / f"extended_{name}")
+        return f"extended_{name}"
+
 
 @contextmanager
 def running_lab(scratch: Path) -> Iterator[Lab]:

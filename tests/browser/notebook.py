@@ -174,12 +174,12 @@ class Notebook:
             button.focus()
             self.page.keyboard.press("Space")
 
-    def fill(self, label: str, value: float) -> None:
-        """Type a number into a field, or into the readout of a slider, and press Enter."""
+    def fill(self, label: str, value: float | str) -> None:
+        """Type into a field, or into the readout of a slider, in place of what is there; Enter."""
         field = self.control(label).locator("input, .widget-readout").first
         field.click()
         self.page.keyboard.press("ControlOrMeta+A")
-        self.page.keyboard.type(str(value))
+        self.page.keyboard.press("Delete") if value == "" else self.page.keyboard.type(str(value))
         self.page.keyboard.press("Enter")
 
     def readout(self, label: str) -> str:
