@@ -48,11 +48,10 @@ def kinds(config: ModelConfig, key_heads: int) -> dict[str, Kind]:
         name: Kind(config.replace(attention="gqa", num_key_value_heads=count))
         for name, count in heads.items()
     }
-    mla = config.replace(num_key_value_heads=config.num_attention_heads)
     return named | {
-        "MLA, expanded": Kind(mla, expanded=True),
-        "MLA, naive": Kind(mla),
-        "MLA, absorbed": Kind(mla, absorb=True),
+        "MLA, expanded": Kind(config, expanded=True),
+        "MLA, naive": Kind(config),
+        "MLA, absorbed": Kind(config, absorb=True),
     }
 
 

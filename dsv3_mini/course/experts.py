@@ -1,15 +1,10 @@
-"""A mixture of experts that trains in a second, and what is measured on it.
+"""A mixture of experts that trains in a second, also without its shared expert.
 
 Why so small: to compare ways of balancing, each must be trained from several seeds, or a lucky one
 is taken for an effect. Two layers of 16 experts in 4 groups, top 4, are enough to collapse.
-
-Legend: L MoE layers, E experts, n windows, T tokens.
 """
 
 from __future__ import annotations
-
-import torch
-from torch import Tensor
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import Transformer
@@ -24,12 +19,6 @@ def small_moe() -> ModelConfig:
         num_key_value_heads=2, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16,
         qk_rope_head_dim=8, v_head_dim=16,
     )  # fmt: skip
-
-
-@torch.no_grad()
-def load(model: Transformer, windows: Tensor) -> Tensor:
-    """How often each expert is chosen on held-out windows (n, T + 1): (L, E) int64."""
-    return model(windows[:, :-1]).router_counts
 
 
 def without_shared_expert(model: Transformer) -> Transformer:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 import ipywidgets as widgets
@@ -19,6 +18,7 @@ from dsv3_mini.accounting import (
     training_flops_per_token,
 )
 from dsv3_mini.config import ConfigError, ModelConfig, RopeScaling
+from dsv3_mini.viz.shell import refusal
 from dsv3_mini.viz.style import COLOURS, new_figure, png, styled
 
 PARTS = {
@@ -153,7 +153,7 @@ class ConfigExplorer(widgets.VBox):  # type: ignore[misc]
         try:
             self.config = self._read()
         except ConfigError as error:
-            self.problem.value = f"<b>Not possible:</b> {escape(str(error))}"
+            self.problem.value = refusal(error)
             return
         self._show()
 

@@ -14,6 +14,7 @@ import html
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ipywidgets as widgets
@@ -61,7 +62,7 @@ class LiveBalance(widgets.VBox):  # type: ignore[misc]
         self.reset = widgets.Button(description="Set biases to 0", layout={"width": "140px"})
         run.gamma = self.gamma.value  # the slider has cut it to its own range
         for name in ("mode", "gamma", "alpha"):
-            getattr(self, name).observe(self._changed, names="value")
+            getattr(self, name).observe(partial(self._changed, name), names="value")
         actions: dict[widgets.Button, Callable[[], object]] = {
             self.toggle: self._toggle, self.halt: run.stop, self.reset: run.reset_bias,
             self.domain: self._shift,
@@ -88,9 +89,8 @@ class LiveBalance(widgets.VBox):  # type: ignore[misc]
     def __repr__(self) -> str:
         return "LiveBalance: press Start, then move the controls while it trains"
 
-    def _changed(self, change: dict[str, Any]) -> None:
+    def _changed(self, name: str, change: dict[str, Any]) -> None:
         # Only the control that moved: a cell may have set another one on the run itself.
-        [name] = [n for n in ("mode", "gamma", "alpha") if getattr(self, n) is change["owner"]]
         self.run.set(**{name: change["new"]})
         self._say()
 

@@ -18,6 +18,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dsv3_mini import measure
 from dsv3_mini.accounting import cache_bytes, cache_numbers_per_token, count_parameters
 from dsv3_mini.config import ConfigError, ModelConfig
 from dsv3_mini.mla import MultiHeadLatentAttention
@@ -31,7 +32,6 @@ ALT = (
 )
 BYTES = {"FP8": 1, "BF16": 2, "FP32": 4}
 MHA, MQA, EXPANDED, LATENT = "MHA", "MQA", "MLA expanded", "MLA latent"
-Kinds = dict[str, tuple[ModelConfig, bool]]
 
 
 def readable(size: float) -> str:
@@ -52,18 +52,15 @@ def mla_config(**sizes: int) -> ModelConfig:
     return ModelConfig.v3().replace(first_k_dense_replace=0, num_key_value_heads=heads, **changes)
 
 
-def kinds(config: ModelConfig, groups: int) -> Kinds:
-    """The five caches compared, by name: a config, and whether MLA stores expanded heads."""
-
-    def sharing(key_heads: int) -> tuple[ModelConfig, bool]:
-        return config.replace(attention="gqa", num_key_value_heads=key_heads), False
-
+def kinds(config: ModelConfig, groups: int) -> dict[str, measure.Kind]:
+    """The five caches compared, under the names of the picture."""
+    found = measure.kinds(config, groups)
     return {
-        MHA: sharing(config.num_attention_heads),
-        f"GQA, {groups} group{'s' if groups != 1 else ''}": sharing(groups),
-        MQA: sharing(1),
-        EXPANDED: (config, True),
-        LATENT: (config, False),
+        MHA: found["MHA"],
+        f"GQA, {groups} group{'s' if groups != 1 else ''}": found["GQA"],
+        MQA: found["MQA"],
+        EXPANDED: found["MLA, expanded"],
+        LATENT: found["MLA, absorbed"],
     }
 
 
@@ -110,15 +107,15 @@ def cache_numbers(
     compared = kinds(config, num_key_value_heads)
     latent = cache_numbers_per_token(config)
     rows = {"cached": f"{batch:,} x {context:,} tokens"}
-    for name, (kind, expanded) in reversed(compared.items()):
-        count = cache_numbers_per_token(kind, expanded)
-        per_token = cache_bytes(kind, 1, 1, width, expanded)
-        total = cache_bytes(kind, context, batch, width, expanded)
+    for name, kind in reversed(compared.items()):
+        count = cache_numbers_per_token(kind.config, kind.expanded)
+        per_token = cache_bytes(kind.config, 1, 1, width, kind.expanded)
+        total = cache_bytes(kind.config, context, batch, width, kind.expanded)
         rows[name] = (
             f"{count:,} numbers a layer ({count / latent:.2f}x), {per_token:,} B a token, "
             f"{readable(total)}"
         )
-    one_group = cache_numbers_per_token(compared[MQA][0])
+    one_group = cache_numbers_per_token(compared[MQA].config)
     rows["GQA groups that cost as much as MLA latent"] = f"{latent / one_group:.2f}"
     shapes = projections(config)
     for name, (out, inputs) in shapes.items():
@@ -126,7 +123,7 @@ def cache_numbers(
     every = sum(math.prod(shape) for shape in shapes.values())
     rows["all projections of a layer"] = f"{every:,} parameters"
     for name in (LATENT, MHA):
-        weights, cache = decode_reads(compared[name][0], context, batch, dtype)
+        weights, cache = decode_reads(compared[name].config, context, batch, dtype)
         share = cache / (weights + cache)
         rows[f"{name}: attention reads in a step"] = (
             f"{readable(weights + cache)}, {share:.1%} of it cache"
@@ -146,10 +143,12 @@ def cache_figure(
     compared = kinds(mla_config(**sizes), num_key_value_heads)
     width = BYTES[dtype]
     cached = {
-        name: cache_bytes(kind, context, batch, width, expanded)
-        for name, (kind, expanded) in compared.items()
+        name: cache_bytes(kind.config, context, batch, width, kind.expanded)
+        for name, kind in compared.items()
     }
-    read = {name: decode_reads(compared[name][0], context, batch, dtype) for name in (MHA, LATENT)}
+    read = {
+        name: decode_reads(compared[name].config, context, batch, dtype) for name in (MHA, LATENT)
+    }
     with styled():
         figure = new_figure(9.6, 3.6)
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))

@@ -56,7 +56,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
         try:
             shown, picture = self._numbers(**values), png(self._draw(**values))
         except ValueError as error:  # ConfigError is one
-            self.problem.value = f"<b>Not possible:</b> {html.escape(str(error), quote=False)}"
+            self.problem.value = refusal(error)
             return
         self.values, self.shown = values, shown
         self.problem.value = ""
@@ -71,6 +71,11 @@ class Explorer(widgets.VBox):  # type: ignore[misc]
                 break
             text += more
         return text
+
+
+def refusal(error: ValueError) -> str:
+    """What an explorer says, as HTML, where the package refuses its values."""
+    return f"<b>Not possible:</b> {html.escape(str(error), quote=False)}"
 
 
 def table(numbers: Mapping[str, str]) -> str:

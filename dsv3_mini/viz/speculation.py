@@ -22,6 +22,7 @@ from dsv3_mini import generate as plain
 from dsv3_mini import speculative
 from dsv3_mini.model import Transformer
 from dsv3_mini.speculative import Acceptance
+from dsv3_mini.viz.shell import refusal
 from dsv3_mini.viz.style import COLOURS, INK, new_figure, styled
 
 ALT = (
@@ -134,7 +135,7 @@ class SpeculationExplorer(widgets.VBox):  # type: ignore[misc]
             tokens, stats = speculative.generate(*arguments)
             ended = time.perf_counter()
         except ValueError as error:
-            self.status.value = f"<b>Not possible:</b> {html.escape(str(error), quote=False)}"
+            self.status.value = refusal(error)
             return
         new, self.last = tokens[0, len(ids) :].tolist(), stats
         same = (
