@@ -49,7 +49,7 @@ def coloured(tokenizer: Tokenizer, tokens: Sequence[int], fates: Sequence[str]) 
         raise ValueError(f"{len(tokens)} tokens and {len(fates)} fates; expected one for each")
 
     def box(text: str, fate: str) -> str:
-        look = f"padding:1px 2px;margin:1px;border-radius:3px;{LOOKS[fate]}"
+        look = f"display:inline-block;padding:1px 2px;margin:1px;border-radius:3px;{LOOKS[fate]}"
         return f"<span style='{look}' title='{KEY[fate]}'>{html.escape(text)}</span>"
 
     key = " ".join(box(KEY[fate], fate) for fate in LOOKS)
