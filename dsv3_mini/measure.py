@@ -15,17 +15,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dsv3_mini.accounting import cache_bytes, decode_flops
 from dsv3_mini.attention import GroupedQueryAttention
 from dsv3_mini.cache import KVCache, LatentCache
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.generate import choose
 from dsv3_mini.mla import MultiHeadLatentAttention
 from dsv3_mini.model import Transformer
 from dsv3_mini.rope import rope_table
+from dsv3_mini.speculative import verify
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class DecodeLayer:
         for tensor in self.cache.stores:
             tensor.normal_()
 
-    def step(self, context: int) -> torch.Tensor:
+    def step(self, context: int) -> Tensor:
         """Decode the token after ``context`` remembered ones; the cache keeps its length."""
         self.cache.length = context
         cos, sin = rope_table(self.config, context, 1, str(self.x.device))
@@ -159,11 +162,11 @@ class SpeculationCosts:
     """What speculative decoding pays at a context, in this machine's time."""
 
     seconds: float
-    """One token through the main model."""
+    """One token through the main model, and the choice of the next."""
     verify: float
-    """Two tokens at once, in units of ``seconds``."""
+    """Two tokens at once, and the comparison with the draft, in units of ``seconds``."""
     draft: float
-    """The MTP module on two states, in units of ``seconds``."""
+    """The MTP module on two states, and the choice of a draft, in units of ``seconds``."""
 
     def ceiling(self, acceptance: float) -> float:
         """The best speed-up over plain decoding: (1 + p) / (verify + draft)."""
@@ -171,23 +174,39 @@ class SpeculationCosts:
 
 
 @torch.no_grad()
-def speculation_costs(model: Transformer, context: int, repeats: int = 20) -> SpeculationCosts:
-    """Measure all three on ``model`` after ``context`` random tokens."""
-    device = model.lm_head.weight.device
-    tokens = torch.randint(model.config.vocab_size, (1, context), device=device)
-    cache = model.new_cache(1, context + 2, mtp=True)
+def speculation_costs(
+    model: Transformer, text: Tensor, context: int, steps: int = 16, repeats: int = 3
+) -> SpeculationCosts:
+    """All three, averaged over ``steps`` positions of ``text`` (T,), the first at ``context``.
+
+    The text is a real one because its tokens choose the experts that a step wakes. It needs
+    ``context + steps + 1`` tokens. Raises ValueError.
+    """
+    if not 1 <= context <= text.numel() - steps - 1:
+        raise ValueError(
+            f"context {context} and {steps} steps need a text of {context + steps + 1} tokens or "
+            f"more, and a context of 1 or more; this one has {text.numel()}"
+        )
+    tokens = text[None]
+    cache = model.new_cache(1, text.numel(), mtp=True)
     states = model(tokens, cache).hidden
     model.draft(states[:, :-1], tokens[:, 1:], cache)
-    known = cache.mtp[0].length
 
-    def step(count: int) -> None:
-        model(tokens[:, :count], cache)
-        cache.length = context  # not truncate: it would roll the module's cache back as well
+    def step(at: int) -> None:
+        cache.length = at  # not truncate: it would roll the module's cache back as well
+        choose(model(tokens[:, at : at + 1], cache).logits[:, -1], 0, None)
 
-    def draft() -> None:
-        model.draft(states[:, :2], tokens[:, :2], cache)
-        cache.mtp[0].length = known
+    def draft(at: int) -> Tensor:
+        cache.mtp[0].length = at - 1
+        q = model.draft(states[:, at - 1 : at + 1], tokens[:, at : at + 2], cache)[:, -1]
+        return choose(q, 0, None)
 
-    one = best_seconds(lambda: step(1), repeats)
-    two = best_seconds(lambda: step(2), repeats)
-    return SpeculationCosts(one, two / one, best_seconds(draft, repeats) / one)
+    def both(at: int) -> None:
+        cache.length = at
+        logits = model(tokens[:, at : at + 2], cache).logits
+        verify(logits[:, 0], logits[:, 0], tokens[:, at + 1], 0, None)
+        choose(logits[:, 1], 0, None)
+
+    runs, places = (step, both, draft), range(context, context + steps)
+    one, two, drafted = (sum(best_seconds(partial(f, at), repeats) for at in places) for f in runs)
+    return SpeculationCosts(one / steps, two / one, drafted / one)

@@ -87,5 +87,9 @@ def test_ceilings_and_best_time() -> None:
 
 def test_speculation_costs() -> None:
     assert SpeculationCosts(0.001, 1.2, 0.2).ceiling(0.75) == pytest.approx(1.25)
-    costs = speculation_costs(Transformer(ModelConfig.tiny()), 9, repeats=1)
+    model, text = Transformer(ModelConfig.tiny()), torch.arange(12)
+    costs = speculation_costs(model, text, 9, steps=2, repeats=1)
     assert min(costs.seconds, costs.verify, costs.draft) > 0
+    for context, steps in ((0, 2), (10, 2)):
+        with pytest.raises(ValueError, match="this one has 12"):
+            speculation_costs(model, text, context, steps)

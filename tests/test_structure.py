@@ -42,7 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"model", "fp8", "config"},
     "parallel": {"model", "moe"},
     "accounting": {"config"},
-    "measure": {"accounting", "attention", "cache", "config", "mla", "model", "rope"},
+    "measure": {
+        "accounting", "attention", "cache", "config", "generate", "mla", "model", "rope",
+        "speculative",
+    },  # fmt: skip
 }
 OUTSIDE = {"torch", "safetensors"}
 MAY_ALSO_IMPORT = {"data": {"tokenizers"}, "train_command": {"tqdm"}}
