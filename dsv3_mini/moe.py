@@ -43,6 +43,7 @@ class Gate(nn.Module):
     """The router. ``e_score_correction_bias`` is a buffer: moved by a rule, never by a gradient."""
 
     e_score_correction_bias: Tensor
+    linear = staticmethod(F.linear)  # fp8 puts its own in place of it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +72,7 @@ class Gate(nn.Module):
         """Route tokens (B, T, D). Source: report eqs 13-16; scores in fp32."""
         config = self.config
         wide = torch.promote_types(x_BTD.dtype, torch.float32)
-        scores_BTE = F.linear(x_BTD.to(wide), self.weight.to(wide)).sigmoid()
+        scores_BTE = self.linear(x_BTD.to(wide), self.weight.to(wide)).sigmoid()
         with torch.no_grad():
             choice_BTE = scores_BTE + self.e_score_correction_bias
             if config.topk_group < config.n_group:
@@ -93,6 +94,8 @@ class Experts(nn.Module):
     The official checkpoint stores them one by one; ``checkpoint`` stacks and unstacks.
     """
 
+    linear = staticmethod(F.linear)  # fp8 puts its own in place of it
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         experts, inner, hidden = (
@@ -104,8 +107,9 @@ class Experts(nn.Module):
 
     def one(self, expert: int, x_ND: Tensor) -> Tensor:
         """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D)."""
-        gate = F.silu(F.linear(x_ND, self.gate_proj[expert]))
-        return F.linear(gate * F.linear(x_ND, self.up_proj[expert]), self.down_proj[expert])
+        gate_NF = F.silu(self.linear(x_ND, self.gate_proj[expert]))
+        up_NF = self.linear(x_ND, self.up_proj[expert])
+        return self.linear(gate_NF * up_NF, self.down_proj[expert])
 
     def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token through its K experts, weighted and summed: (N, D). Sorted by expert."""

@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "block": {"mla", "attention", "moe", "layers", "config", "cache", "rope"},
     "mtp": {"block", "moe", "layers", "config", "cache", "rope"},
     "model": {"block", "mtp", "cache", "config", "layers", "rope", "balance", "moe"},
-    "fp8": set(),
+    "fp8_numbers": set(),
+    "fp8": {"fp8_numbers"},
     "data": set(),
     "train": {"model", "balance", "data", "fp8", "mtp", "config", "checkpoint", "environment"},
     "resume": {"train", "model", "data", "checkpoint", "config"},
@@ -43,7 +44,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "parallel": {"model", "moe"},
     "accounting": {"config"},
     "measure": {
-        "accounting", "attention", "cache", "config", "generate", "mla", "model", "rope",
+        "accounting",
+        "attention",
+        "cache",
+        "config",
+        "generate",
+        "mla",
+        "model",
+        "rope",
         "speculative",
     },  # fmt: skip
 }
@@ -190,7 +198,8 @@ def test_file_is_short_enough_to_read_in_one_go(path: Path) -> None:
 
 def test_the_core_can_be_read_in_an_afternoon() -> None:
     # What one reads to follow the model; text, folders and commands are around it.
-    around = {"data", "resume", "train_command", "environment", "measure"}
+    around = {"accounting", "checkpoint", "data", "environment", "measure", "resume"}
+    around |= {"train_command"}
     read = [path for path in CORE if path.stem not in around]
     lines = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in read}
     total = sum(lines.values())
