@@ -80,16 +80,19 @@ class Box:
 
     @property
     def style(self) -> tuple[str, str, str]:
+        """Everything that is to be the same for all tokens of one fate."""
         return self.border, self.paper, self.ink
 
 
 @pytest.fixture(scope="module")
 def model() -> Transformer:
+    """The model that the notebook loads, in this process."""
     return load_trained()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
+    """Its tokenizer."""
     return load_tokenizer()
 
 
