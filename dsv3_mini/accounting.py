@@ -181,3 +181,57 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> int:
     of Insights Table 2.
     """
     return 3 * forward_flops(config, (seq_len + 1) / 2).total
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """Bytes of a published checkpoint's tensors by format; file headers are not counted."""
+
+    fp8: int
+    """Attention projections, dense feed-forward and all experts, MTP's too."""
+    scales: int
+    """One fp32 number for each 128x128 block of those."""
+    bf16: int
+    """The rest; an MTP layer comes with copies of the embedding and the head."""
+    fp32: int
+    """Router biases."""
+
+    @property
+    def total(self) -> int:
+        """All four: 688.57 GB for V3."""
+        return self.fp8 + self.scales + self.bf16 + self.fp32
+
+
+def checkpoint_bytes(config: ModelConfig) -> StoredBytes:
+    """What the model takes on disk in the official FP8 layout, MTP included."""
+    shapes = _fp8_shapes(config)
+    codes = sum(count * rows * columns for count, rows, columns in shapes)
+    blocks = sum(count * -(-rows // 128) * -(-columns // 128) for count, rows, columns in shapes)
+    parameters, depths = count_parameters(config), config.num_nextn_predict_layers
+    biases = parameters.router_biases + depths * config.n_routed_experts
+    copies = 2 * depths * parameters.head
+    rest = parameters.total + parameters.mtp + copies - biases - codes
+    return StoredBytes(codes, 4 * blocks, 2 * rest, 4 * biases)
+
+
+def _fp8_shapes(config: ModelConfig) -> list[tuple[int, int, int]]:
+    """How many matrices of which shape a checkpoint keeps in FP8: (count, rows, columns)."""
+    hidden, heads, value = config.hidden_size, config.num_attention_heads, config.v_head_dim
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    shapes = [(layers, hidden, heads * value)]
+    if config.attention == "gqa":
+        shapes += [(layers, heads * value, hidden)]
+        shapes += [(2 * layers, config.num_key_value_heads * value, hidden)]
+    else:
+        queries, latent, rank = heads * config.qk_head_dim, config.kv_lora_rank, config.q_lora_rank
+        shapes += [(layers, latent + config.qk_rope_head_dim, hidden)]
+        shapes += [(layers, heads * (config.qk_nope_head_dim + value), latent)]
+        shapes += [(layers, queries, rank or hidden)]
+        shapes += [] if rank is None else [(layers, rank, hidden)]
+    dense, inner = config.first_k_dense_replace, config.moe_intermediate_size
+    widths = [(dense, config.intermediate_size)]
+    widths += [((layers - dense) * config.n_routed_experts, inner)]
+    widths += [(layers - dense, inner * config.n_shared_experts)]
+    for count, width in widths:
+        shapes += [(2 * count, width, hidden), (count, hidden, width)]
+    return shapes

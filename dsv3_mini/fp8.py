@@ -26,14 +26,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dsv3_mini.fp8_numbers import E4M3 as E4M3
-from dsv3_mini.fp8_numbers import E5M2 as E5M2
-from dsv3_mini.fp8_numbers import SQUARE, TILE, Block
-from dsv3_mini.fp8_numbers import TENSOR as TENSOR
-from dsv3_mini.fp8_numbers import backend as backend
-from dsv3_mini.fp8_numbers import dequantize as dequantize
-from dsv3_mini.fp8_numbers import matmul as matmul
-from dsv3_mini.fp8_numbers import quantize as quantize
+from dsv3_mini.fp8_numbers import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    SQUARE,
+    TENSOR,
+    TILE,
+    Block,
+    backend,
+    dequantize,
+    matmul,
+    quantize,
+    values,
+)  # fmt: skip
+
+__all__ = [
+    "E4M3", "E5M2", "KEPT", "LARGEST", "SQUARE", "TENSOR", "TILE", "Block", "Format", "Fp8Linear",
+    "Recipe", "backend", "convert_to_fp8", "dequantize", "formats", "linear", "matmul", "quantize",
+    "values",
+]  # fmt: skip
 
 KEPT = ("lm_head", "eh_proj", "gate")
 """Last names of the parts that stay in high precision; norms and embeddings always do."""

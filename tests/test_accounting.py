@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -12,13 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from dsv3_mini import ModelConfig, Transformer
 from dsv3_mini.accounting import (
     Parameters,
+    StoredBytes,
     attention_parameters,
     cache_bytes,
     cache_numbers_per_token,
+    checkpoint_bytes,
     count_parameters,
     forward_flops,
     training_flops_per_token,
 )
+from dsv3_mini.fp8 import convert_to_fp8, formats
 from tests.reference import oracles
 
 V3 = ModelConfig.v3()
@@ -199,3 +203,30 @@ def test_published_cache_sizes() -> None:
     assert cache_bytes(qwen, 1) == 327_680
     assert cache_bytes(llama, 1) == 516_096
     assert cache_bytes(V3, 131_072) == 9_210_691_584  # 8.58 GiB, the rotary 64 included
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpoint_bytes_against_a_converted_model(name: str) -> None:
+    config = CONFIGS[name]
+    with torch.device("meta"):
+        model = Transformer(config)
+    convert_to_fp8(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    cast = {row.name: shapes[row.name] for row in formats(model) if "E4M3" in row.weight}
+    blocks = 0
+    for *stacked, rows, columns in cast.values():
+        blocks += math.prod(stacked) * math.ceil(rows / 128) * math.ceil(columns / 128)
+    codes = sum(map(math.prod, cast.values()))
+    copies = 2 * config.num_nextn_predict_layers * model.lm_head.weight.numel()
+    rest = sum(map(math.prod, shapes.values())) - codes + copies
+    biases = sum(gate.e_score_correction_bias.numel() for gate in model.gates)
+    assert checkpoint_bytes(config) == StoredBytes(codes, 4 * blocks, 2 * rest, 4 * biases)
+
+
+def test_v3_checkpoint_by_format() -> None:
+    """The counts that are published for the checkpoint, and what follows from them."""
+    stored = checkpoint_bytes(V3)
+    assert stored.fp8 == 680_571_043_840
+    assert stored.bf16 == 2 * 3_918_786_560
+    assert stored.scales + stored.fp32 == 4 * 41_555_600
+    assert round(stored.total / 1e9, 2) == 688.57
