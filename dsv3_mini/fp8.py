@@ -63,6 +63,8 @@ class Recipe:
     weight_block: Block = SQUARE
     gradient_block: Block = TILE
     power_of_two: bool = False
+    scaled: bool = True
+    """False casts as it is, which loses whatever is small: an example not to follow."""
     accumulate_bits: int | None = None
     """14 is the report's hardware, with ``promote_every`` its remedy; see ``matmul``."""
     promote_every: int | None = None
@@ -70,13 +72,15 @@ class Recipe:
 
 
 def _cast(x: Tensor, block: Block, dtype: torch.dtype, recipe: Recipe, name: str) -> Any:
-    if dtype == torch.bfloat16:
-        return x.to(dtype), x.new_ones(1, 1, dtype=torch.float32)
-    return quantize(x, block, dtype, recipe.power_of_two, name)
+    if dtype in LARGEST and recipe.scaled:
+        return quantize(x, block, dtype, recipe.power_of_two, name)
+    largest = LARGEST.get(dtype, torch.finfo(dtype).max)
+    return x.clamp(-largest, largest).to(dtype), x.new_ones(1, 1, dtype=torch.float32)
 
 
-def _back(q: Tensor, scale: Tensor, block: Block) -> Tensor:
-    return q.float() if q.dtype == torch.bfloat16 else dequantize(q, scale, block)
+def _back(q: Tensor, scale: Tensor, block: Block, recipe: Recipe) -> Tensor:
+    scaled = q.dtype in LARGEST and recipe.scaled
+    return dequantize(q, scale, block) if scaled else values(q)
 
 
 class _Product(torch.autograd.Function):
@@ -99,7 +103,7 @@ class _Product(torch.autograd.Function):
         dx = _multiply(recipe, g_q, w_q, g_scale, w_scale)
         # Summed over tokens: tiles must lie along them, so both operands are cast anew.
         gt_q, gt_scale = _cast(g.T, recipe.gradient_block, recipe.gradient, recipe, name)
-        x_back = _back(x_q, x_scale, recipe.input_block)
+        x_back = _back(x_q, x_scale, recipe.input_block, recipe)
         xt_q, xt_scale = _cast(
             x_back.T, recipe.input_block, recipe.forward, recipe, f"{ctx.name}: input"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import product
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_all_256_codes(dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_values_of_any_layout(dtype: torch.dtype) -> None:
-    q = from_codes(np.arange(256), dtype).view(4, 8, 8)
+    q = from_codes(np.arange(256, dtype=np.uint8), dtype).view(4, 8, 8)
     for view in (q, q.transpose(0, 2), q[::2, 1:, ::3], q[1, 2, 3], q[:0], q.expand(2, 4, 8, 8)):
         assert values(view).shape == view.shape
         torch.testing.assert_close(values(view), view.float(), rtol=0, atol=0, equal_nan=True)
@@ -217,13 +218,12 @@ def test_cut(bits: int) -> None:
     x[:80] = np.float32(draw.normal(size=80) * 2.0 ** draw.integers(-149, -120, 80))
     x[80:90] = [0, -0.0, 1, -1, 2.0**-149, MOST, -MOST, 255.99, -255.99, 4095.9]
     largest = np.abs(x) * 2.0 ** draw.integers(0, 30, 400)
-    reference_cut = reference.cut
     for tensor in (torch.from_numpy(x), torch.from_numpy(x[:90].astype(np.float32))):
-        rows = [reference.Fraction(v) for v in tensor.tolist()]
-        assert cut(tensor, bits).tolist() == [float(reference_cut(v, bits)) for v in rows]
+        rows = [Fraction(v) for v in tensor.tolist()]
+        assert cut(tensor, bits).tolist() == [float(reference.cut(v, bits)) for v in rows]
         over = torch.from_numpy(largest[: len(rows)])
-        tops = [reference.Fraction(v) for v in over.tolist()]
-        wanted = [float(np.float32(reference_cut(v, bits, t))) for v, t in zip(rows, tops)]  # noqa: B905
+        pairs = zip(rows, map(Fraction, over.tolist()), strict=True)
+        wanted = [float(np.float32(reference.cut(v, bits, top))) for v, top in pairs]
         assert cut(tensor, bits, over).tolist() == wanted
 
 
@@ -274,8 +274,9 @@ def test_narrow_sums_by_hand(align: bool, sign: int) -> None:
 def test_scales_of_narrow_sums(every: int) -> None:
     a, b = operands("codes", 300)
     scale_a, scale_b = torch.rand(3, 3), torch.rand(3, 3)
-    arrays = [x.numpy() for x in (values(a), values(b), scale_a, scale_b)]
-    wanted = reference.narrow_matmul(*arrays[:2], 14, every, True, *arrays[2:])
+    arrays, scales = ([x.numpy() for x in pair] for pair in ((values(a), values(b)),
+                                                             (scale_a, scale_b)))  # fmt: skip
+    wanted = reference.narrow_matmul(arrays[0], arrays[1], 14, every, True, *scales)
     same(matmul(a, b, 14, every, scale_a, scale_b), wanted)
 
 

@@ -3,23 +3,26 @@
 Why pairs: a seed moves the loss more than a format does. Every arithmetic starts from the same
 weights and sees the same batches, and only the difference from its own fp32 twin is looked at.
 
-Why from trained weights: a model that has learnt little more than which tokens are frequent does
-not notice what is lost. Training goes on from the model that comes with the package; ``scratch``
-starts a smaller one from nothing.
+Two starts, as each shows what the other hides. A model that has learnt little more than which
+tokens are frequent does not notice a coarse forward pass: ``WAYS`` goes on from the model that
+comes with the package. And one that is trained already does not notice that its updates are lost:
+``FROM_SCRATCH`` starts a smaller one from nothing.
 
-All ways together take minutes, so what they gave is kept beside the package, made anew by
+All of ``WAYS`` take minutes, so what they gave is kept beside the package, made anew by
 
     python -m dsv3_mini.course.fp8_study
 
-and a notebook runs the first steps of some again and compares.
+(about ten minutes; names of ways after it run those alone), and a notebook runs the first steps of
+some again and compares.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -29,14 +32,25 @@ from dsv3_mini.course.experts import small_moe
 from dsv3_mini.course.runs import run_all
 from dsv3_mini.course.trained import load_trained
 from dsv3_mini.data import load_corpus
-from dsv3_mini.fp8 import E5M2, KEPT, SQUARE, TENSOR, Block, Recipe, convert_to_fp8
+from dsv3_mini.fp8 import (
+    E5M2,
+    KEPT,
+    SQUARE,
+    TENSOR,
+    Block,
+    Recipe,
+    convert_to_fp8,
+    dequantize,
+    formats,
+    quantize,
+)
 from dsv3_mini.model import Transformer
 from dsv3_mini.train import TrainConfig, evaluate, train
 
 RECORD = Path(__file__).parent.parent / "assets" / "fp8_study.json"
 STEPS, SEEDS, SEQ_LEN = 40, 5, 64
 SMOOTH = 0.9
-"""Share of the past in the running mean of losses: the report's (App. B.1)."""
+"""Share of the past in the running mean of losses: the report's (App. B)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Arithmetic:
     recipe: Recipe | None = None
     keep: tuple[str, ...] = KEPT
     scratch: bool = False
+    master: bool = True
+    """False rounds the cast weights themselves after every step."""
 
 
 ROW: Block = (1, None)
@@ -63,6 +79,13 @@ WAYS = {
     "gradients E5M2": Arithmetic(Recipe(gradient=E5M2)),
     "forward E5M2": Arithmetic(Recipe(forward=E5M2)),
     "head and router, too": Arithmetic(Recipe(), keep=()),
+}
+FROM_SCRATCH = {
+    "fp32": Arithmetic(scratch=True),
+    "bf16": Arithmetic(WAYS["bf16"].recipe, scratch=True),
+    "FP8 as V3": Arithmetic(Recipe(), scratch=True),
+    "no scale": Arithmetic(Recipe(scaled=False), scratch=True),
+    "no fp32 weights": Arithmetic(Recipe(), scratch=True, master=False),
 }
 
 
@@ -95,8 +118,11 @@ def tiny_moe() -> ModelConfig:
     )
 
 
-def run(way: Arithmetic, seed: int, steps: int) -> Outcome:
-    """Train one way; the seed decides the batches, and the weights where they are new."""
+def run(way: Arithmetic, seed: int, steps: int, stop: int | None = None) -> Outcome:
+    """Train one way; the seed decides the batches, and the weights where they are new.
+
+    ``stop`` ends a run of ``steps`` before its last one.
+    """
     corpus = load_corpus()
     torch.manual_seed(seed)
     model = Transformer(tiny_moe()) if way.scratch else load_trained()
@@ -106,9 +132,23 @@ def run(way: Arithmetic, seed: int, steps: int) -> Outcome:
         steps=steps, batch_size=8, seq_len=SEQ_LEN, seed=seed,
         learning_rate=2e-3 if way.scratch else 3e-4, warmup=20 if way.scratch else 5,
     )  # fmt: skip
-    losses = [record.loss for record in train(model, corpus, settings)]
+    losses = []
+    for record in islice(train(model, corpus, settings), stop):
+        losses.append(record.loss)
+        if not way.master:
+            round_weights(model)
     windows = torch.cat([corpus.windows(domain, SEQ_LEN, 16) for domain in corpus.domains])
     return Outcome(losses, evaluate(model, windows))
+
+
+@torch.no_grad()
+def round_weights(model: Transformer) -> None:
+    """What is cast when it is used becomes what the cast made of it: no master weights."""
+    parameters = dict(model.named_parameters())
+    for row in formats(model):
+        if row.weight.startswith("E4M3"):
+            weight = parameters[row.name]
+            weight.copy_(dequantize(*quantize(weight, SQUARE), SQUARE))
 
 
 def recorded() -> dict[str, list[Outcome]]:
@@ -119,20 +159,25 @@ def recorded() -> dict[str, list[Outcome]]:
     return {name: [Outcome(**one) for one in runs] for name, runs in kept["ways"].items()}
 
 
-def main(ways: Mapping[str, Arithmetic] = WAYS, seeds: int = SEEDS, steps: int = STEPS) -> None:
-    """Run every way from every seed on all cores, print the differences, keep the record."""
-    outcomes = run_all(run, ways, seeds, steps)
+def main(names: Sequence[str] = (), seeds: int = SEEDS, steps: int = STEPS) -> int:
+    """Run the named ways, or all, from every seed; print the differences; keep the record."""
+    unknown = set(names) - set(WAYS)
+    if unknown:
+        print(f"no way is called {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
+        return 2
+    kept = json.loads(RECORD.read_text(encoding="utf-8")) if names else {"ways": {}}
+    outcomes = run_all(run, {name: WAYS[name] for name in names or WAYS}, seeds, steps)
     for name, runs in outcomes.items():
-        each = " ".join(f"{d:+.3%}" for d in differences(runs, outcomes["fp32"]))
-        print(f"{name:24s} {each}")
-    kept = {
-        "torch": torch.__version__,
-        "ways": {name: [asdict(one) for one in runs] for name, runs in outcomes.items()},
-    }
+        kept["ways"][name] = [asdict(one) for one in runs]
+    kept["torch"] = torch.__version__
     written = RECORD.with_suffix(".new")
     written.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     written.replace(RECORD)
+    for name, runs in recorded().items():
+        each = " ".join(f"{d:+.3%}" for d in differences(runs, recorded()["fp32"]))
+        print(f"{name:24s} {each}")
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -26,21 +26,17 @@ from dsv3_mini.fp8 import E4M3, E5M2, Format, formats
 from dsv3_mini.viz.style import COLOURS, INK, new_figure, styled
 
 NAMES = {E4M3: "E4M3", E5M2: "E5M2"}
-AROUND = 3  # neighbours drawn on either side
 WIDEST = 100  # characters of a line of text
 COLUMNS = ("stored", "input", "weight", "gradient")
 
 
 class Layout(NamedTuple):
-    """How the bits of a format are shared out, and what its exponent counts from."""
+    """How many bits exponent and mantissa have, and the bias that is taken off the exponent."""
 
     name: str
     exponent: int
-    """Bits of the exponent."""
     mantissa: int
-    """Bits of the mantissa."""
     bias: int
-    """Taken off the exponent bits."""
 
     @property
     def lowest(self) -> int:
@@ -70,14 +66,16 @@ def plain(value: float) -> str:
     return short if float(short) == value else repr(value)
 
 
+def _short(value: float) -> str:
+    form = ",.0f" if 1000 <= abs(value) < 1e9 else ".4g" if abs(value) >= 1 else ".3g"
+    return f"{value:{form}}".replace("-", "−")
+
+
 def _powers(dtype: torch.dtype) -> dict[float, str]:
     """Places on a logarithmic axis and their names, from the smallest code to the largest."""
     form, info = layout(dtype), torch.finfo(dtype)
-    last = math.floor(math.log2(info.max))
-    powers = [
-        form.lowest - form.mantissa,
-        *range(form.lowest, last, 3 if form.mantissa == 3 else 4),
-    ]
+    end, every = math.floor(math.log2(info.max)) - 1, 3 if form.mantissa == 3 else 4
+    powers = [form.lowest - form.mantissa, *range(form.lowest, end, every)]
     return {2.0**power: f"2^{power}" for power in powers} | {info.max: f"{info.max:,g}"}
 
 
@@ -91,9 +89,7 @@ def number_line(dtype: torch.dtype = E4M3) -> Figure:
     """
     form, values = layout(dtype), code_values(dtype)
     finite = values[values.isfinite()]
-    left_out = {
-        "NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())
-    }  # fmt: skip
+    left_out = {"NaN": int(values.isnan().sum()), "infinite": int(values.isinf().sum())}
     without = " and ".join(f"{count} {kind}" for kind, count in left_out.items() if count)
     line = sorted(set(finite.tolist()))
     with styled():
@@ -169,10 +165,9 @@ def _log_panel(axes: Axes, line: Sequence[float], dtype: torch.dtype) -> None:
 
 
 def place_figure(
-    value: float, dtype: torch.dtype = E4M3, negative: bool = False, wanted: float | None = None,
-    title: str = "",
-) -> Figure:  # fmt: skip
-    """Where a code's number lies among all of its sign, and among its neighbours.
+    value: float, dtype: torch.dtype = E4M3, wanted: float | None = None, title: str = ""
+) -> Figure:
+    """Where a code's number lies: its magnitude among all of them, itself among its neighbours.
 
     A cross marks ``wanted``, which was rounded to it; infinity and NaN have no place.
     """
@@ -180,45 +175,37 @@ def place_figure(
     with styled():
         figure = new_figure(8.6, 3.0)
         top, bottom = figure.subplots(2, 1)
-        _side_panel(top, [-v if negative else v for v in finite if v >= 0], dtype)
-        near = finite[:0]
-        if math.isfinite(value):
-            middle = finite.index(value)
-            near = finite[max(middle - AROUND, 0) : middle + AROUND + 1]
-            top.plot(value, 0.5, "D", color=COLOURS[0], markersize=9, markeredgecolor="white")
-            bottom.plot(value, 0.5, "D", color=COLOURS[0], markersize=9)
-        else:
-            look: dict[str, Any] = {"ha": "center", "fontsize": 10, "transform": bottom.transAxes}
-            bottom.text(0.5, 0.4, "this code has no place on the line", **look)
+        _magnitude_panel(top, [number for number in finite if number >= 0], dtype)
+        top.set_title(title)
+        if not math.isfinite(value):
+            bottom.text(0.5, 0.5, "this code has no place on the line", ha="center", fontsize=10)
+            bottom.axis("off")
+            return figure
+        middle, around = finite.index(value), layout(dtype).mantissa  # fewer where they are longer
+        near = finite[max(middle - around, 0) : middle + around + 1]
         _ticks(bottom, near, 1, COLOURS[2], 1.6)
-        bottom.set_xticks(near, [f"{v:.4g}".replace("-", "−") for v in near])
+        for axes, place in ((top, abs(value)), (bottom, value)):
+            axes.plot(place, 0.5, "D", color=COLOURS[0], markersize=9, mec="white", zorder=3)
+        bottom.set_xticks(near, [_short(number) for number in near])
         bottom.margins(x=0.06)
         bottom.set(ylim=(0, 1.8), xlabel="the nearest codes (no unit, linear)")
-        top.set_title(title)
         if wanted is not None:
             _wanted(bottom, wanted, near)
     return figure
 
 
-def _side_panel(axes: Axes, line: Sequence[float], dtype: torch.dtype) -> None:
-    form, end = layout(dtype), line[-1]
-    axes.set_xscale("symlog", base=2, linthresh=2.0 ** (form.lowest - form.mantissa), linscale=2)
+def _magnitude_panel(axes: Axes, line: Sequence[float], dtype: torch.dtype) -> None:
+    axes.set_xscale("symlog", base=2, linthresh=line[1], linscale=2)
     _ticks(axes, line, 1, COLOURS[2], 0.8)
-    places = {0.0: "0"} | _powers(dtype)
-    sign = "−" if end < 0 else ""
-    axes.set_xticks(
-        [math.copysign(place, end) for place in places],
-        [name if name == "0" else sign + name for name in places.values()],
-    )
+    ticks = {0.0: "0"} | _powers(dtype)
+    axes.set_xticks(list(ticks), list(ticks.values()))
     axes.xaxis.set_minor_locator(NullLocator())
-    first = -math.copysign(2.0 ** (form.lowest - form.mantissa - 3), end)
-    axes.set(xlim=sorted([first, 1.5 * end]), ylim=(0, 1.1))
-    which = "negative" if end < 0 else "positive"
-    axes.set_xlabel(f"zero and all {which} codes (no unit, logarithmic)")
+    axes.set(xlim=(-line[1] / 8, 1.5 * line[-1]), ylim=(0, 1.1))
+    axes.set_xlabel("magnitude of every code (no unit, logarithmic down to the smallest, then 0)")
 
 
 def _wanted(axes: Axes, wanted: float, near: Sequence[float]) -> None:
-    text = f"typed / scale: {wanted:.6g}".replace("-", "−")
+    text = f"typed / scale: {_short(wanted)}"
     right = wanted > (near[0] + near[-1]) / 2
     if near[0] <= wanted <= near[-1]:
         axes.vlines(wanted, 0, 1.4, colors=COLOURS[1], linewidths=1.4, linestyles=":")
@@ -265,11 +252,8 @@ def format_text(rows: Sequence[Format]) -> str:
     first = max(len("parameter"), *map(len, names))
     lines = [("parameter", *COLUMNS)]
     lines += [(name, *row[1:]) for name, row in zip(names, rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, [first, *widths], strict=True))
-        .rstrip()
-        for line in lines
-    )  # fmt: skip
+    form = "  ".join(f"{{:{width}}}" for width in (first, *widths))
+    return "\n".join(form.format(*line).rstrip() for line in lines)
 
 
 def format_picture(rows: Sequence[Format]) -> Figure:
@@ -279,7 +263,7 @@ def format_picture(rows: Sequence[Format]) -> Figure:
         figure = new_figure(8.6, 0.75 + 0.245 * len(rows))
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
-            name = _shorter(row.name.removesuffix(".weight"), 40)
+            name = _shorter(row.name.removesuffix(".weight"), 34)
             axes.text(-0.04, y + 0.5, name, ha="right", va="center", fontsize=9)
             for x, column in enumerate(COLUMNS):
                 _cell(axes, x, y, getattr(row, column))

@@ -24,8 +24,8 @@ from dsv3_mini.viz.shell import refusal, table
 from dsv3_mini.viz.style import png
 
 ALT = (
-    "Above: all codes with this sign, on a logarithmic axis that ends in zero; a diamond marks the "
-    "code. Below: its neighbours in true distance; a cross marks what was typed, over the scale."
+    "Above: the magnitudes of all codes as ticks, on a logarithmic axis; the diamond is this code. "
+    "Below: its neighbours at their true distances; a cross marks what was typed, over the scale."
 )
 FIRST = 0x4B  # 5.5 in E4M3
 PARTS = ("sign", "exponent", "mantissa")
@@ -154,7 +154,7 @@ def code_numbers(
     for side in ("below", "above"):
         other = getattr(at, side)
         apart = "" if other is None else f" ({plain(abs(other - at.value))} away)"
-        rows[f"next {side}"] = ends[side] if other is None else plain(other) + apart
+        rows[f"next {side}"] = ends[side] if other is None else plain(other + 0.0) + apart
     if typed is None:
         return rows | {"value x scale": plain(float(f"{at.value * scale:.9g}"))}
     return rows | {
@@ -173,7 +173,7 @@ def code_figure(
     at, typed = decode(code, dtype), _encoded(code, dtype, scale, number)
     wanted = None if typed is None else typed.number / scale
     title = f"{NAMES[dtype]} {at.bits}: {plain(at.value).replace('-', '−')}"
-    return place_figure(at.value, dtype, at.sign == 1, wanted, title)
+    return place_figure(at.value, dtype, wanted, title)
 
 
 def _number(name: str, text: str) -> float:
@@ -209,7 +209,11 @@ class Fp8Explorer(widgets.VBox):  # type: ignore[misc]
         wide = {"description_width": "60px", "button_width": "80px"}
         options = [(name, each) for each, name in NAMES.items()]
         self.format = widgets.ToggleButtons(
-            options=options, value=dtype, description="format", style=wide
+            options=options,
+            value=dtype,
+            description="format",
+            style=wide,
+            layout={"width": "auto"},
         )
         field: dict[str, Any] = {"continuous_update": False, "layout": {"width": "240px"}}
         field |= {"style": {"description_width": "60px"}}
@@ -217,8 +221,11 @@ class Fp8Explorer(widgets.VBox):  # type: ignore[misc]
         self.over = widgets.Text(description="scale", value="1", **field)
         self.problem, self.numbers = widgets.HTML(), widgets.HTML()
         self.picture = widgets.Image(format="png", layout={"max_width": "100%"})
-        caption = widgets.HTML(f"<small>{html.escape(ALT, quote=False)}</small>")
-        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "center"}
+        caption = widgets.HTML(
+            f"<div style='line-height:1.4'>{html.escape(ALT, quote=False)}</div>"
+        )
+        row = {"flex_flow": "row wrap", "grid_gap": "2px 16px", "align_items": "flex-end"}
+        row |= {"padding": "0 0 6px 0"}
         bits = widgets.HBox(self.groups, layout=row)
         fields = widgets.HBox([self.format, self.typed, self.over], layout=row)
         super().__init__([bits, fields, self.problem, self.picture, caption, self.numbers])

@@ -84,6 +84,7 @@ def dots(
         else:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if bar is not None:
+            axes.set_ylim(top=max(axes.get_ylim()[1], bar[1] * (2 if logy else 1.1)))
             axes.axhline(bar[1], color=COLOURS[3], linestyle="--", linewidth=1.2)
             axes.annotate(
                 bar[0], (1, bar[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),

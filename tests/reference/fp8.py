@@ -171,7 +171,8 @@ def narrow_matmul(
     out = np.zeros((rows, columns), dtype=np.float32)
     for m in range(rows):
         for n in range(columns):
-            products = [Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a[m], b[:, n])]  # noqa: B905
+            pairs = zip(a[m].tolist(), b[:, n].tolist(), strict=True)
+            products = [Fraction(x) * Fraction(y) for x, y in pairs]
             for start in range(0, inner, step):
                 part = np.float32(narrow_sum(products[start : start + step], bits, align))
                 if scale_a is not None and scale_b is not None:
