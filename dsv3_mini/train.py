@@ -30,6 +30,7 @@ from torch import Tensor
 from dsv3_mini.balance import max_violation, update_bias
 from dsv3_mini.config import ConfigError, require
 from dsv3_mini.data import Corpus
+from dsv3_mini.fp8 import convert_to_fp8
 from dsv3_mini.model import Transformer
 from dsv3_mini.mtp import mtp_loss
 
@@ -62,6 +63,8 @@ class TrainConfig:
     """Weight of the batch-wise loss; V3 has none, notebook 05 compares."""
     mtp_lambda: float = 0.3
     seed: int = 0
+    fp8: bool = False
+    """Cast the products of linear layers, as report 3.3; the model is converted in place."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "accumulate"):
@@ -206,6 +209,8 @@ def train(
             f"seq_len {config.seq_len} leaves nothing to predict at MTP depth {depths}; "
             f"expected at least {depths + 1}"
         )
+    if config.fp8:
+        convert_to_fp8(model)
     state = state or new_state(model, config)
     where = model.lm_head.weight.device
     while state.step < config.steps:

@@ -35,7 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save-every", type=int, default=100, help="steps between saves")
     parser.add_argument("--export", type=Path, help="at the end write bf16 weights alone here")
     parser.add_argument("--characters", type=int, default=400_000, help="of text per domain")
+    parser.add_argument("--fp8", action="store_true", help="multiply in FP8 (emulated on a CPU)")
     for field in dataclasses.fields(TrainConfig):
+        if field.name == "fp8":
+            continue
         kind = int if field.type == "int" else float
         flag = "--" + field.name.replace("_", "-")
         about = f"(default {field.default})"

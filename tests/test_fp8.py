@@ -103,7 +103,8 @@ def test_which_products_a_hopper_card_makes_itself(monkeypatch: pytest.MonkeyPat
         {"capability": (8, 9)}, {"capability": (10, 0)}, {"dtype": E5M2}, {"is_cuda": False},
         {"scale_a": None}, {"scale_b": None}, {"scale_a": (64, 1)}, {"scale_a": (1, 2)},
         {"scale_b": (1, 1)}, {"scale_b": (1, 384)}, {"scale_b": (2, 1)},
-        {"b": (256, 200), "scale_b": (2, 2)}, {"a": (64, 200), "b": (200, 384)},
+        {"b": (256, 200), "scale_b": (2, 200)},
+        {"a": (64, 200), "b": (200, 384), "scale_a": (64, 1), "scale_b": (1, 3)},
     ]  # fmt: skip
     assert [case for case in cases if choose(**case) != "emulated"] == []
 

@@ -1,5 +1,6 @@
 """A run that is killed at any moment and started again ends as if nothing had happened."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from dsv3_mini.checkpoint import load_pretrained
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import Corpus
+from dsv3_mini.fp8 import Fp8Linear
 from dsv3_mini.resume import ResumeError, Run
 from dsv3_mini.train import TrainConfig, train
 
@@ -38,20 +40,22 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
 
 
-def test_saved_and_resumed_is_bit_identical_to_uninterrupted(tmp_path: Path) -> None:
-    whole = Run.open(tmp_path / "whole", ModelConfig.tiny(), SETTINGS, corpus())
-    for record in train(whole.model, corpus(), SETTINGS, whole.state):
+@pytest.mark.parametrize("fp8", [False, True])
+def test_saved_and_resumed_is_bit_identical_to_uninterrupted(tmp_path: Path, fp8: bool) -> None:
+    settings = dataclasses.replace(SETTINGS, fp8=fp8)
+    whole = Run.open(tmp_path / "whole", ModelConfig.tiny(), settings, corpus())
+    for record in train(whole.model, corpus(), settings, whole.state):
         whole.log(record)
-    first = Run.open(tmp_path / "parts", ModelConfig.tiny(), SETTINGS, corpus())
-    for record in train(first.model, corpus(), SETTINGS, first.state):
+    first = Run.open(tmp_path / "parts", ModelConfig.tiny(), settings, corpus())
+    for record in train(first.model, corpus(), settings, first.state):
         first.log(record)
         if record.step == 3:
             first.save()
         if record.step == 4:
             break  # step 4 was never saved and is done again
-    second = Run.open(tmp_path / "parts", ModelConfig.tiny(), SETTINGS, corpus())
+    second = Run.open(tmp_path / "parts", ModelConfig.tiny(), settings, corpus())
     assert second.state.step == 3
-    for record in train(second.model, corpus(), SETTINGS, second.state):
+    for record in train(second.model, corpus(), settings, second.state):
         second.log(record)
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(second)[name]), name
@@ -60,6 +64,11 @@ def test_saved_and_resumed_is_bit_identical_to_uninterrupted(tmp_path: Path) -> 
     assert len(lines) == 6
     loaded = load_pretrained(second.latest)
     assert torch.equal(loaded.lm_head.weight, second.model.lm_head.weight)
+    cast = any(isinstance(module, Fp8Linear) for module in second.model.modules())
+    assert cast == fp8
+    other = dataclasses.replace(settings, fp8=not fp8)
+    with pytest.raises(ResumeError, match="fp8"):
+        Run.open(tmp_path / "parts", ModelConfig.tiny(), other, corpus())
 
 
 def test_killed_runs_end_with_the_same_weights(tmp_path: Path) -> None:

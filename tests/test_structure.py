@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "model",
         "rope",
         "speculative",
-    },  # fmt: skip
+    },
 }
 OUTSIDE = {"torch", "safetensors"}
 MAY_ALSO_IMPORT = {"data": {"tokenizers"}, "train_command": {"tqdm"}}

@@ -9,11 +9,15 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.fp8 import Format, convert_to_fp8
+from dsv3_mini.model import Transformer
 from dsv3_mini.viz.block_diagram import block_diagram
 from dsv3_mini.viz.explorer import breakdown
+from dsv3_mini.viz.fp8 import format_picture, layer_formats, number_line
 from dsv3_mini.viz.mla_explorer import cache_figure
 from dsv3_mini.viz.rope_explorer import rope_figure
 from dsv3_mini.viz.style import styled
@@ -28,7 +32,18 @@ def all_figures() -> dict[str, Figure]:
         "v3_cache": cache_figure(),
         "rope": rope_figure(),
         "v3_yarn": yarn_figure(),
+        "fp8_codes": number_line(),
+        "fp8_layer": format_picture(_fp8_layer()),
     }
+
+
+def _fp8_layer() -> list[Format]:
+    """The first MoE layer of V3, from a converted model without memory."""
+    config = ModelConfig.v3()
+    with torch.device("meta"):
+        model = Transformer(config.replace(num_hidden_layers=4, num_nextn_predict_layers=0))
+    convert_to_fp8(model.bfloat16())
+    return layer_formats(model, config.first_k_dense_replace)
 
 
 def main() -> None:
