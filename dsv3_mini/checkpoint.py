@@ -5,8 +5,14 @@ and this package at a folder written there. Tensor names are the checkpoint's, s
 stacking: it stores experts one by one, this package as one tensor a layer. MTP layers follow the
 main ones (``model.layers.61`` in V3) with their own copies of embedding and head.
 
-Every header is read and compared with the config before a single weight is loaded, and a folder is
-written beside its target and then renamed, so neither side ever sees half a model. No pickle.
+Published weights are FP8: the projections of attention and feed-forward are E4M3 codes, each with a
+``weight_scale_inv`` that has a number for every 128x128 block and that codes are *multiplied* by,
+whatever its name says. The rest is bf16, router biases fp32.
+
+Every header is read and compared with the config before a single weight is loaded. Weights are then
+read one at a time, so that memory holds the model and one tensor.
+
+``python -m dsv3_mini.checkpoint inspect FOLDER`` says what a folder holds and what does not fit.
 """
 
 from __future__ import annotations
@@ -15,39 +21,57 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
+from functools import partial
+from math import ceil, prod
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 
+from dsv3_mini.block import DecoderLayer
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.fp8_numbers import SIDE, SQUARE, dequantize, quantize
 from dsv3_mini.model import Transformer
+from dsv3_mini.shards import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    Header,
+    Stored,
+    headers,
+    read,
+    replace_folder,
+    some,
+    write_shards,
+)
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+SCALE = "_scale_inv"
+QUANTIZATION = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [SIDE, SIDE],
+}
+FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_IN_FP8 = re.compile(r".*\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
 _COPIES = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
 
 
-class CheckpointError(ValueError):
-    """A folder that cannot be read or written as a checkpoint; the message says what to do."""
-
-
-def named_weights(model: Transformer, mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: nn.Module, mtp: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its official name, experts one by one, MTP copies included.
 
-    The tensors are views of the model's own memory. ``mtp=False`` leaves MTP layers out.
+    The tensors are views of the model's own memory. ``mtp=False`` leaves MTP layers out of a
+    ``Transformer``. A part of a model gives the names inside that part.
     """
-    first_mtp = model.config.num_hidden_layers
     for name, tensor in model.state_dict(keep_vars=True).items():
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if not mtp and layer and int(layer[1]) >= first_mtp:
+        if not mtp and layer and int(layer[1]) >= model.config.num_hidden_layers:  # type: ignore
             continue
         prefix, _, last = name.rpartition(".")
-        if prefix.endswith(".mlp.experts"):
+        if prefix.endswith("mlp.experts"):
             for expert in range(tensor.shape[0]):
                 yield f"{prefix}.{expert}.{last}.weight", tensor[expert]
         else:
@@ -56,17 +80,19 @@ def named_weights(model: Transformer, mtp: bool = True) -> Iterator[tuple[str, T
 
 def save_pretrained(
     model: Transformer, folder: str | os.PathLike[str], fp8: bool = False,
-    max_shard_bytes: int = 4_000_000_000, overwrite: bool = False,
+    max_shard_bytes: int = 4_300_000_000, overwrite: bool = False,
 ) -> None:  # fmt: skip
     """Write ``model`` as a folder in the official layout, in its own dtype.
 
+    ``fp8`` writes what DeepSeek publishes instead: FP8 blocks with their scales, the rest in bf16.
     ``folder`` must be new or empty unless ``overwrite``, which replaces an earlier checkpoint once
     the new one is complete. Raises CheckpointError before anything is written.
     """
-    if fp8:
-        raise CheckpointError("fp8=True: writing FP8 blocks is not built yet; save in bf16 or fp32")
     folder = Path(folder)
-    config = {**model.config.to_hf(), "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
+    dtype = torch.bfloat16 if fp8 else model.lm_head.weight.dtype
+    config = {**model.config.to_hf(), "torch_dtype": str(dtype)[6:]}
+    if fp8:
+        config["quantization_config"] = QUANTIZATION
     if type(max_shard_bytes) is not int or max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes is {max_shard_bytes!r}; expected an integer >= 1")
     if not folder.name:
@@ -82,7 +108,7 @@ def save_pretrained(
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _write_shards(model, beside, max_shard_bytes)
+        write_shards(_stored(model, fp8), beside, max_shard_bytes)
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         replace_folder(beside, folder)
     except (OSError, SafetensorError) as error:
@@ -93,45 +119,23 @@ def save_pretrained(
         shutil.rmtree(beside, ignore_errors=True)  # an interrupt, too, leaves nothing behind
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename ``new`` to ``target``; an older ``target`` is deleted once that has worked."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    try:
-        new.rename(target)
-    except BaseException:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_shards(model: Transformer, folder: Path, max_shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
+def _stored(model: Transformer, fp8: bool) -> Iterator[Stored]:
     for name, tensor in named_weights(model):
-        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor.detach()
-        size += tensor.nbytes
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        file = SINGLE if single else f"model-{number:05d}-of-{len(shards):06d}.safetensors"
-        # Copies: safetensors refuses tensors that share memory, as embedding and head do.
-        save_file(
-            {name: tensor.cpu().clone() for name, tensor in shard.items()},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        weight_map.update(dict.fromkeys(shard, file))
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if not fp8:
+            yield Stored(name, tensor.nbytes, tensor.detach)
+        elif _IN_FP8.fullmatch(name):
+            # Made twice rather than kept: codes and scales may lie in different shards.
+            cast = partial(quantize, tensor.detach(), SQUARE, name=name)
+            yield Stored(name, tensor.numel(), lambda cast=cast: cast()[0])  # type: ignore[misc]
+            size = 4 * prod(_scales(tensor.shape))
+            yield Stored(name + SCALE, size, lambda cast=cast: cast()[1])  # type: ignore[misc]
+        else:
+            kept = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+            yield Stored(name, kept.nbytes, kept.detach)
+
+
+def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(ceil(size / SIDE) for size in shape)
 
 
 def load_pretrained(
@@ -140,109 +144,144 @@ def load_pretrained(
 ) -> Transformer:  # fmt: skip
     """Read a folder in the official layout into a model of ``dtype`` on ``device``, in eval mode.
 
-    Router biases stay fp32. ``mtp=False`` builds the model without its MTP layers and skips their
-    tensors. Raises CheckpointError (or ConfigError) naming everything that does not fit.
+    FP8 weights become code x scale. Router biases stay fp32. ``mtp=False`` builds the model without
+    its MTP layers and skips their tensors. On the ``meta`` device everything is compared and
+    nothing read. Raises CheckpointError (or ConfigError) naming everything that does not fit.
     """
+    folder, config = open_folder(folder, dtype)
+    stored_layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    if not mtp:
+        config = config.replace(num_nextn_predict_layers=0)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    skipped = tuple(f"model.layers.{n}." for n in range(config.num_hidden_layers, stored_layers))
+    found = {n: h for n, h in headers(folder).items() if mtp or not n.startswith(skipped)}
+    _refuse(folder, mismatches(dict(named_weights(model)), found))
+    _fill(model, folder, found, "", device)
+    return model.eval()
+
+
+def load_layer(
+    folder: str | os.PathLike[str], index: int, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> DecoderLayer:  # fmt: skip
+    """One layer of the main model alone, as ``load_pretrained`` would load it."""
+    folder, config = open_folder(folder, dtype)
+    if type(index) is not int or not 0 <= index < config.num_hidden_layers:
+        raise CheckpointError(f"layer {index!r}; expected 0 to {config.num_hidden_layers - 1}")
+    with torch.device("meta"):
+        layer = DecoderLayer(config, index).to(dtype)
+    prefix = f"model.layers.{index}."
+    found = {n: h for n, h in headers(folder).items() if n.startswith(prefix)}
+    expected = {prefix + name: tensor for name, tensor in named_weights(layer)}
+    _refuse(folder, mismatches(expected, found))
+    _fill(layer, folder, found, prefix, device)
+    return layer.eval()
+
+
+def load_tensors(
+    folder: str | os.PathLike[str], pattern: str, keep_fp8: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors whose whole name matches ``pattern``, one at a time, as they are stored.
+
+    FP8 weights come as code x scale in fp32; with ``keep_fp8`` as codes, and a scale where the
+    pattern matches its name. Raises CheckpointError, also where nothing matches.
+    """
+    folder = Path(folder)
+    found = headers(folder)
+    names = [n for n in found if re.fullmatch(pattern, n) and (keep_fp8 or not n.endswith(SCALE))]
+    if not names:
+        raise CheckpointError(f"no tensor in {folder} matches {pattern!r}; names are like "
+                              f"{some(list(found))}")  # fmt: skip
+    for name, tensor in read(folder, found, names):
+        cast = tensor.dtype == torch.float8_e4m3fn and not keep_fp8
+        yield name, _dequantized(folder, found, name, tensor) if cast else tensor
+
+
+def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Path, ModelConfig]:
+    """The folder and its config, if both are as they should be. Raises CheckpointError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected config.json and safetensors")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise CheckpointError(f"dtype is {dtype}; expected a floating-point dtype to compute in")
     config = ModelConfig.from_hf(folder)
-    stored_layers = config.num_hidden_layers + config.num_nextn_predict_layers
-    if not mtp:
-        config = config.replace(num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    expected = dict(named_weights(model))
-    files = _headers(folder)
-    skipped = tuple(f"model.layers.{n}." for n in range(config.num_hidden_layers, stored_layers))
-    found = {n: h for n, h in files.items() if mtp or not n.startswith(skipped)}
-    _compare(folder, expected, found)
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = raw.get("quantization_config")
+    if quantization is not None and quantization != QUANTIZATION:
+        raise CheckpointError(f"quantization_config is {quantization!r}; expected {QUANTIZATION!r}")
+    return folder, config
+
+
+def _fill(
+    module: nn.Module, folder: Path, found: dict[str, Header], prefix: str,
+    device: torch.device | str,
+) -> None:  # fmt: skip
     try:
-        model = model.to_empty(device=device)
+        module.to_empty(device=device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
             f"cannot make the model on {device!r} ({error}); expected a device that this machine "
             "has, with room for it"
         ) from None
+    targets = {prefix + name: tensor for name, tensor in named_weights(module)}
+    if next(iter(targets.values())).is_meta:
+        return
     with torch.no_grad():
-        targets = dict(named_weights(model))
-        for file in sorted({header["file"] for header in found.values()}):
-            with safe_open(folder / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    if name in targets and not _COPIES.fullmatch(name):
-                        targets[name].copy_(shard.get_tensor(name))
-        for name in filter(_COPIES.fullmatch, targets):
-            with safe_open(folder / found[name]["file"], framework="pt") as shard:
-                if not torch.equal(targets[name], shard.get_tensor(name).to(targets[name])):
+        # Copies last: they are compared with what the main model has got.
+        for copies in (False, True):
+            names = [name for name in targets if bool(_COPIES.fullmatch(name)) == copies]
+            for name, tensor in read(folder, found, names):
+                if tensor.dtype == torch.float8_e4m3fn:
+                    tensor = _dequantized(folder, found, name, tensor.to(device))
+                if not copies:
+                    targets[name].copy_(tensor)
+                elif not torch.equal(targets[name], tensor.to(targets[name])):
                     raise CheckpointError(
                         f"{name} in {folder} differs from the main model's, which MTP shares; was "
                         "only the main model trained on? Load with mtp=False"
                     )
-    return model.eval()
 
 
-def _headers(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name to file, shape and dtype of every tensor in the folder, from the headers alone."""
-    weight_map: dict[str, str] | None = None
-    if (folder / INDEX).exists():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(
-                f"{folder / INDEX} is damaged ({error!r}); expected a JSON object with 'weight_map'"
-            ) from None
-    else:
-        files = [SINGLE]
-    headers: dict[str, dict[str, Any]] = {}
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{INDEX} names {file!r}; expected file names inside the folder")
-        if not (folder / file).is_file():
-            raise CheckpointError(f"{folder} has no {file}; fetch or write the missing shard")
-        try:
-            with safe_open(folder / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    part = shard.get_slice(name)
-                    shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                    headers[name] = {"file": file, "shape": shape, "dtype": dtype}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{folder / file} is truncated or damaged ({error}); fetch or write it again"
-            ) from None
-    if weight_map is not None:
-        astray = [n for n, f in weight_map.items() if headers.get(n, {}).get("file") != f]
-        if astray:
-            raise CheckpointError(f"{INDEX} places {_some(astray)} in files that lack them")
-    return headers
+def _dequantized(folder: Path, found: dict[str, Header], name: str, q: Tensor) -> Tensor:
+    ((_, scale),) = read(folder, found, [name + SCALE])
+    return dequantize(q, scale.to(q.device), SQUARE)
 
 
-def _compare(folder: Path, expected: dict[str, Tensor], found: dict[str, dict[str, Any]]) -> None:
-    problems = []
-    if missing := [name for name in expected if name not in found]:
-        hint = " (load with mtp=False)" if ".enorm." in "".join(missing) else ""
-        problems.append(f"missing {_some(missing)}{hint}")
-    if extra := [name for name in found if name not in expected]:
-        hint = " (FP8 weights: not built yet)" if "_scale_inv" in "".join(extra) else ""
-        problems.append(f"not expected by its config.json: {_some(extra)}{hint}")
-    for name, header in found.items():
-        if name not in expected:
-            continue
-        if header["shape"] != tuple(expected[name].shape):
-            problems.append(
-                f"{name} is {header['shape']}, its config.json makes it "
-                f"{tuple(expected[name].shape)}"
-            )
-        if header["dtype"] not in ("F64", "F32", "BF16", "F16"):
-            problems.append(f"{name} is {header['dtype']}, expected F32, BF16, F16 or F64")
+def _refuse(folder: Path, problems: list[str]) -> None:
     if problems:
         raise CheckpointError(
             f"{folder} does not hold the model of its config.json: " + "; ".join(problems[:8])
         )
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{len(names)} tensors ({shown}, ...)" if len(names) > 3 else shown
+def mismatches(expected: dict[str, Tensor], found: dict[str, Header]) -> list[str]:
+    """Everything in which a folder's headers differ from the tensors that a model has."""
+    problems = []
+    if missing := [name for name in expected if name not in found]:
+        hint = " (load with mtp=False)" if ".enorm." in "".join(missing) else ""
+        problems.append(f"missing {some(missing)}{hint}")
+    cast = {name + SCALE for name, header in found.items() if header.dtype == "F8_E4M3"}
+    if bare := sorted(cast - found.keys()):
+        problems.append(f"missing {some(bare)}, the scales of FP8 weights")
+    if extra := [name for name in found if name not in expected and name not in cast]:
+        problems.append(f"not expected by its config.json: {some(extra)}")
+    for name, header in found.items():
+        of_scale = name in cast
+        tensor = expected.get(name.removesuffix(SCALE) if of_scale else name)
+        if tensor is None:
+            continue
+        shape = _scales(tensor.shape) if of_scale else tuple(tensor.shape)
+        if header.shape != shape:
+            problems.append(f"{name} is {header.shape}, its config.json makes it {shape}")
+        allowed = [*FLOATS, *(["F8_E4M3"] if _IN_FP8.fullmatch(name) else [])]
+        allowed = ["F32"] if of_scale else allowed
+        if header.dtype not in allowed:
+            problems.append(f"{name} is {header.dtype}, expected {' or '.join(allowed)}")
+    return problems
+
+
+if __name__ == "__main__":
+    from dsv3_mini.inspect_command import main
+
+    sys.exit(main())

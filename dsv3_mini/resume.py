@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv3_mini.checkpoint import load_pretrained, replace_folder, save_pretrained
+from dsv3_mini.checkpoint import load_pretrained, save_pretrained
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import Corpus
 from dsv3_mini.model import Transformer
+from dsv3_mini.shards import replace_folder
 from dsv3_mini.train import Record, TrainConfig, TrainState, new_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")

@@ -595,7 +595,6 @@ SAVES: list[tuple[str, Callable[[Path], Path], dict[str, Any], tuple[str, ...]]]
     ("target is a checkpoint", beside(SINGLE), {}, ("is not empty", "overwrite=True")),
     ("target is something else", beside("config.json"), {"overwrite": True}, ("is not empty",)),
     ("target has no name", lambda f: Path("/"), {}, ("has no name", "new folder")),
-    ("FP8", lambda f: f / "model", {"fp8": True}, ("fp8=True", "bf16 or fp32")),
     ("shards of no bytes", lambda f: f / "model", {"max_shard_bytes": 0}, ("is 0", "integer >= 1")),
     ("shard in words", lambda f: f / "model", {"max_shard_bytes": "4GB"}, ("'4GB'", "integer")),
 ]

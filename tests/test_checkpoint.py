@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DeepseekV3Config
 
-from dsv3_mini import checkpoint
+from dsv3_mini import shards
 from dsv3_mini.checkpoint import INDEX, SINGLE, CheckpointError, load_pretrained, save_pretrained
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import Transformer
@@ -312,7 +312,7 @@ def test_an_interrupted_write_leaves_everything_as_it_was(
         save_file(tensors, path, **options)
         written.append(path)
 
-    monkeypatch.setattr(checkpoint, "save_file", save)
+    monkeypatch.setattr(shards, "save_file", save)
     expected = KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else CheckpointError
     with pytest.raises(expected):
         save_pretrained(tiny(seed=1), folder, max_shard_bytes=20_000, overwrite=older)

@@ -22,13 +22,12 @@ from tests.reference import fp8 as reference
 from tests.reference import oracles
 
 V3, BF16 = Recipe(), Recipe(torch.bfloat16, torch.bfloat16)
-ROWS: Block = (1, None)
 
 # ------------------------------------------------------------------------------ products of blocks
 
 
 @pytest.mark.parametrize(("a_block", "b_block"), [
-    (TILE, SQUARE), (TILE, TILE), (SQUARE, TILE), (TILE, TENSOR), (ROWS, ROWS), (TENSOR, TENSOR),
+    (TILE, SQUARE), (TILE, TILE), (SQUARE, TILE), (TILE, TENSOR), ((1, None),) * 2, (TENSOR,) * 2,
 ])  # fmt: skip
 def test_scales_are_applied_where_they_belong(a_block: Block, b_block: Block) -> None:
     """A slow loop over K; codes are whole numbers, so that only the scales' order can round."""
@@ -102,8 +101,7 @@ def test_which_products_a_hopper_card_makes_itself(monkeypatch: pytest.MonkeyPat
     cases: list[dict[str, Any]] = [
         {"capability": (8, 9)}, {"capability": (10, 0)}, {"dtype": E5M2}, {"is_cuda": False},
         {"scale_a": None}, {"scale_b": None}, {"scale_a": (64, 1)}, {"scale_a": (1, 2)},
-        {"scale_b": (1, 1)}, {"scale_b": (1, 384)}, {"scale_b": (2, 1)},
-        {"b": (256, 200), "scale_b": (2, 200)},
+        {"scale_b": (1, 1)}, {"scale_b": (1, 384)}, {"b": (256, 200), "scale_b": (2, 200)},
         {"a": (64, 200), "b": (200, 384), "scale_a": (64, 1), "scale_b": (1, 3)},
     ]  # fmt: skip
     assert [case for case in cases if choose(**case) != "emulated"] == []
@@ -127,18 +125,16 @@ def run(operands: Sequence[Tensor], recipe: Recipe = V3) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("gradient", [E4M3, E5M2])
-@pytest.mark.parametrize("sizes", [
-    (1, 1, 1), (5, 7, 3), (200, 140, 150), (129, 257, 5), (3, 5, 300), (260, 9, 17),
-])  # fmt: skip
+@pytest.mark.parametrize("sizes", [(5, 7, 3), (200, 140, 150), (260, 257, 5), (3, 5, 300)])
 def test_all_three_products(sizes: tuple[int, int, int], gradient: torch.dtype) -> None:
-    kind = reference.E4M3 if gradient == E4M3 else reference.E5M2
     x, weight, g = operands(*sizes)
+    kind = reference.E4M3 if gradient == E4M3 else reference.E5M2
     wanted = reference.linear(x.numpy(), weight.numpy(), g.numpy(), gradient_kind=kind)
     ours = run((x, weight, g), Recipe(gradient=gradient))
     for got, slow, exact in zip(ours, wanted, (x @ weight.T, g @ weight, g.T @ x), strict=True):
         largest = np.abs(slow).max()
         np.testing.assert_allclose(got, slow, rtol=1e-5, atol=1e-5 * largest)
-        assert sizes == (1, 1, 1) or np.abs(exact.numpy() - slow).max() > 1e-3 * largest
+        assert np.abs(exact.numpy() - slow).max() > 1e-3 * largest
 
 
 def test_batches_are_rows() -> None:
@@ -160,17 +156,19 @@ def test_dtypes_stay() -> None:
 
 
 def test_casts_without_scales() -> None:
-    drawn, kind = operands(6, 300, 130), reference.E4M3
+    drawn = [t * 64**n for n, t in enumerate(operands(6, 300, 130))]  # some are past the end
+    kinds = (reference.E4M3, reference.E4M3, reference.E5M2)
+    plain = [kind.decode_all(kind.encode(t)) for t, kind in zip(drawn, kinds, strict=True)]
     narrow = [t.bfloat16().float() for t in drawn]
-    plain = [torch.from_numpy(kind.decode_all(kind.encode(t))) for t in drawn]
-    for recipe, (x, weight, g) in ((BF16, narrow), (Recipe(scaled=False), plain)):
+    for recipe, rounded in ((BF16, narrow), (Recipe(gradient=E5M2, scaled=False), plain)):
+        x, weight, g = map(torch.as_tensor, rounded)
         wanted = (x @ weight.T, g @ weight, g.T @ x)
         for got, exact in zip(run(drawn, recipe), wanted, strict=True):
             torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("align", [True, False])
-@pytest.mark.parametrize("blocks", [(TILE, SQUARE, TILE), (TENSOR, TENSOR, ROWS)])
+@pytest.mark.parametrize("blocks", [(TILE, SQUARE, TILE), (TENSOR, TENSOR, (1, None))])
 def test_every_setting_reaches_every_product(blocks: list[Block], align: bool) -> None:
     x_block, w_block, g_block = blocks
     x, weight, g = operands(150, 140, 130)
@@ -241,8 +239,9 @@ def test_every_converted_part_moves_the_output_and_little(name: str) -> None:
     keep = set(KEPT if name == "all" else PARTS) - {name}
     names = {each.rpartition(".")[2] for each in convert_to_fp8(model, keep=keep)}
     assert names == ({*PARTS} - {*KEPT} if name == "all" else {name})
-    lowest = 0.005 if name == "all" else 1e-4
-    assert lowest < (outputs(model) - exact).norm() / exact.norm() < 0.15
+    assert (
+        (0.005 if name == "all" else 1e-4) < (outputs(model) - exact).norm() / exact.norm() < 0.15
+    )
 
 
 def test_parameters_stay(tmp_path: Path) -> None:
@@ -261,11 +260,11 @@ def test_the_last_recipe_counts() -> None:
     convert_to_fp8(twice, Recipe(E5M2, E5M2, TENSOR, TENSOR, TENSOR))
     assert {row.input for row in fp8.formats(twice)} == {"E5M2 allxall", "float32"}
     for model in (once, twice):
-        convert_to_fp8(model, Recipe(torch.bfloat16, E5M2, gradient_block=ROWS))
+        convert_to_fp8(model, Recipe(torch.bfloat16, E5M2, gradient_block=(1, None)))
     assert torch.equal(outputs(once), outputs(twice))
     assert fp8.formats(once) == fp8.formats(twice)
-    told = {row[1:] for row in fp8.formats(twice)} - {("float32",) * 4}
-    assert told == {("float32", "bfloat16", "bfloat16", "E5M2 1xall")}
+    told = ("float32", "bfloat16", "bfloat16", "E5M2 1xall")
+    assert {row[1:] for row in fp8.formats(twice)} == {told, ("float32",) * 4}
 
 
 @pytest.mark.parametrize(("biases", "keep", "message"), [
