@@ -38,6 +38,7 @@ from dsv3_mini.fp8_numbers import (
     dequantize,
     matmul,
     quantize,
+    require_finite,
     values,
 )  # fmt: skip
 
@@ -74,6 +75,7 @@ class Recipe:
 def _cast(x: Tensor, block: Block, dtype: torch.dtype, recipe: Recipe, name: str) -> Any:
     if dtype in LARGEST and recipe.scaled:
         return quantize(x, block, dtype, recipe.power_of_two, name)
+    require_finite(x, name)
     largest = LARGEST.get(dtype, torch.finfo(dtype).max)
     return x.clamp(-largest, largest).to(dtype), x.new_ones(1, 1, dtype=torch.float32)
 
@@ -155,10 +157,11 @@ def convert_to_fp8(
         raise ValueError(
             "no linear layer to convert: is this a whole model, and keep not too long?"
         )
+    for name, module in chosen.items():  # all of them before the first is changed
+        if getattr(module, "bias", None) is not None:
+            raise ValueError(f"{name} has a bias; only layers without one can be converted")
     for name, module in chosen.items():
         if isinstance(module, nn.Linear):
-            if getattr(module, "bias", None) is not None:
-                raise ValueError(f"{name} has a bias; only layers without one can be converted")
             module.__class__ = Fp8Linear  # the same object: what is shared stays shared
             module.recipe, module.name = recipe, name  # type: ignore[assignment]
         else:

@@ -51,11 +51,7 @@ def quantize(
         raise ValueError(f"dtype is {dtype}; expected one of {', '.join(map(str, LARGEST))}")
     blocks = _split(x, block, name)
     largest = blocks.abs().amax(dim=(-3, -1), keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise ValueError(
-            f"{name} has infinite or NaN values, which no scale can hold; look for the step that "
-            "made them (a learning rate too high, a division by zero)"
-        )
+    require_finite(largest, name)
     # Below the smallest normal number a quotient would overflow; an empty block needs any scale.
     scale = (largest / LARGEST[dtype]).clamp(min=torch.finfo(torch.float32).tiny)
     if power_of_two:
@@ -64,6 +60,15 @@ def quantize(
     # Explicitly: casts beyond the largest code differ between releases and formats.
     codes = (blocks / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
     return _join(codes, x.shape).to(dtype), scale.squeeze(-3).squeeze(-1)
+
+
+def require_finite(x: Tensor, name: str) -> None:
+    """Raises ValueError, naming ``name``, if anything in x is infinite or NaN."""
+    if not bool(x.isfinite().all()):
+        raise ValueError(
+            f"{name} has infinite or NaN values, which no scale can hold; look for the step that "
+            "made them (a learning rate too high, a division by zero)"
+        )
 
 
 def dequantize(
@@ -77,7 +82,10 @@ def dequantize(
             f"scale has shape {tuple(scale.shape)}; expected {tuple(expected)} for codes "
             f"{tuple(q.shape)} in blocks of {block}"
         )
-    return _join(blocks * scale[..., :, None, :, None], q.shape).to(dtype)
+    # A scale that was rounded up can carry a rounded-up code past the end of fp32.
+    limit = torch.finfo(torch.float32).max
+    wide = (blocks * scale[..., :, None, :, None]).clamp(-limit, limit)
+    return _join(wide, q.shape).to(dtype)
 
 
 _VALUES = torch.arange(256, dtype=torch.uint8).view(E4M3).float()
@@ -97,7 +105,8 @@ def _split(x: Tensor, block: Block, name: str) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or not x.numel():
         what = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} is {what}; expected floats of shape (..., rows, columns)")
-    if len(block) != 2 or any(n is not None and (type(n) is not int or n < 1) for n in block):
+    pair = isinstance(block, tuple) and len(block) == 2
+    if not pair or any(n is not None and (type(n) is not int or n < 1) for n in block):
         raise ValueError(f"block is {block!r}; expected two counts, or None for all, as (1, 128)")
     sizes = x.shape[-2:]
     r, c = (size if n is None else min(n, size) for n, size in zip(block, sizes, strict=True))
@@ -184,7 +193,7 @@ def _add_up(a_MK: Tensor, b_KN: Tensor, bits: int | None, align: bool) -> Tensor
         if align:
             products_MkN = a_Mk[:, :, None] * b_kN
             largest_M1N = products_MkN.abs().amax(dim=1, keepdim=True)
-            sum_MN = cut(products_MkN, bits, largest_M1N).sum(dim=1)
+            sum_MN = cut(products_MkN, bits, largest_M1N).sum(dim=1, dtype=torch.float64)
         else:
             sum_MN = a_Mk @ b_kN
         total_MN = cut(total_MN.double() + sum_MN, bits)
@@ -209,7 +218,10 @@ def backend(a: Tensor, b: Tensor, scale_a: Tensor | None, scale_b: Tensor | None
     hopper = torch.cuda.get_device_capability(a.device) == (9, 0)
     even = all(size % SIDE == 0 for size in (a.shape[1], b.shape[1]))
     fine = scale_a.shape == (a.shape[0], a.shape[1] // SIDE)
-    return "scaled_mm" if hopper and even and fine else "emulated"
+    blocks = a.shape[1] // SIDE
+    fits = scale_b.shape in ((blocks, b.shape[1]), (blocks, b.shape[1] // SIDE))
+    known = hasattr(F, "scaled_mm")  # older releases of torch lack it
+    return "scaled_mm" if known and hopper and even and fine and fits else "emulated"
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor:
@@ -220,8 +232,10 @@ def _scaled_mm(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor) -> Tensor
     else:
         padded = F.pad(scale_b.T, (0, -scale_b.shape[0] % 4))
         recipe_b, layout_b = kinds.BlockWise128x128, padded.contiguous().T
+    # Not contiguous(): with a single row it would leave strides that torch refuses.
+    layout_a = scale_a.T.clone(memory_format=torch.contiguous_format).T
     out: Tensor = F.scaled_mm(
-        a.contiguous(), b.T.contiguous().T, scale_a.T.contiguous().T, kinds.BlockWise1x128,
+        a.contiguous(), b.T.contiguous().T, layout_a, kinds.BlockWise1x128,
         layout_b, recipe_b, output_dtype=torch.float32,
     )  # fmt: skip
     return out

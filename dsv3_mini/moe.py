@@ -107,20 +107,45 @@ class Experts(nn.Module):
 
     def one(self, expert: int, x_ND: Tensor) -> Tensor:
         """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D)."""
-        gate_NF = F.silu(self.linear(x_ND, self.gate_proj[expert]))
-        up_NF = self.linear(x_ND, self.up_proj[expert])
-        return self.linear(gate_NF * up_NF, self.down_proj[expert])
+        return self._swiglu(x_ND, *(weight[expert] for weight in self.parameters()))
+
+    def _swiglu(self, x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        inner_NF = F.silu(self.linear(x_ND, gate_FD)) * self.linear(x_ND, up_FD)
+        return self.linear(inner_NF, down_DF)
 
     def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token through its K experts, weighted and summed: (N, D). Sorted by expert."""
         flat = indices_NK.flatten()
         order = flat.argsort(stable=True)
         token = order // indices_NK.shape[1]
-        counts = torch.bincount(flat, minlength=self.gate_proj.shape[0]).tolist()
-        chunks = x_ND[token].split(counts)
-        outs = [self.one(e, chunk) for e, chunk in enumerate(chunks) if counts[e]]
+        counts_E = torch.bincount(flat, minlength=self.gate_proj.shape[0])
+        run = self.grouped if self._can_group(x_ND, len(flat)) else self.in_turn
         gates = weights_NK.flatten()[order, None].to(x_ND.dtype)
-        return torch.zeros_like(x_ND).index_add(0, token, torch.cat(outs) * gates)
+        return torch.zeros_like(x_ND).index_add(0, token, run(x_ND[token], counts_E) * gates)
+
+    def in_turn(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert through one expert after the other; those without rows rest."""
+        pieces = enumerate(rows_RD.split(counts_E.tolist()))
+        # Indexing would make a gradient as large as all experts for each one of them.
+        parts = [w.unbind() if torch.is_grad_enabled() else w for w in self.parameters()]
+        outs = [self._swiglu(piece, *(p[e] for p in parts)) for e, piece in pieces if len(piece)]
+        return torch.cat(outs)
+
+    def grouped(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """The same in three launches, without the CPU knowing the counts."""
+        ends_E = counts_E.cumsum(0).int()
+        gate_RF = F.grouped_mm(rows_RD, self.gate_proj.mT, offs=ends_E)
+        up_RF = F.grouped_mm(rows_RD, self.up_proj.mT, offs=ends_E)
+        return F.grouped_mm(F.silu(gate_RF) * up_RF, self.down_proj.mT, offs=ends_E)
+
+    def _can_group(self, x: Tensor, rows: int) -> bool:
+        """Where torch has the kernel, fp8 is not in place, and few experts would rest."""
+        aligned = all(size * x.element_size() % 16 == 0 for size in self.gate_proj.shape[1:])
+        if self.linear is not F.linear or not hasattr(F, "grouped_mm") or not aligned:
+            return False
+        if x.is_cuda:
+            return x.dtype == torch.bfloat16
+        return x.dtype in (torch.float32, torch.bfloat16) and rows >= self.gate_proj.shape[0]
 
     def dense(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """The same by brute force, as eq 12 reads: every expert on every token, most gates zero."""

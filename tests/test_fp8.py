@@ -89,6 +89,7 @@ def test_which_products_a_hopper_card_makes_itself(monkeypatch: pytest.MonkeyPat
     """The card is pretended, and the operands are no more than what is asked of them."""
 
     def choose(capability: tuple[int, int] = (9, 0), **changes: Any) -> str:
+        monkeypatch.setattr(F, "scaled_mm", None, raising=False)  # older releases lack it
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         case: dict[str, Any] = {"a": (64, 256), "b": (256, 384), "scale_a": (64, 2),
                                 "scale_b": (2, 3), "dtype": E4M3, "is_cuda": True}  # fmt: skip
@@ -209,7 +210,6 @@ def tiny() -> Transformer:
 
 
 def outputs(model: nn.Module) -> Tensor:
-    """Logits of the main model and of MTP, for 20 tokens."""
     with torch.no_grad():
         result = model(torch.arange(20).view(2, 10) * 5, mtp=True)
     return torch.cat([result.logits, result.mtp_logits[0]], dim=1)

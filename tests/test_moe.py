@@ -361,3 +361,37 @@ def test_one_expert_by_hand() -> None:
         parts = (experts.gate_proj[e], experts.up_proj[e], experts.down_proj[e])
         expected = oracles.swiglu(oracles.numbers(x), *(oracles.numbers(p) for p in parts))
         np.testing.assert_allclose(experts.one(e, x), expected, atol=1e-5)
+
+
+# --------------------------------------------------------------------- two ways to run the experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 1, 5, 0, 0, 2, 1], [0] * 7 + [4], [2] * 8])
+def test_grouped_and_in_turn_agree_with_gradients(counts: list[int], dtype: torch.dtype) -> None:
+    experts = some_moe(ModelConfig.tiny()).experts.to(dtype)
+    rows, wanted = torch.randn(sum(counts), 32, dtype=dtype), torch.tensor(counts)
+    results = []
+    for run in (experts.in_turn, experts.grouped):
+        x = rows.clone().requires_grad_()
+        out = run(x, wanted)
+        grads = torch.autograd.grad(out.float().square().sum(), (x, *experts.parameters()))
+        results.append([out.detach(), *grads])
+        with torch.no_grad():
+            assert torch.equal(run(x, wanted), out)
+    for ours, others in zip(*results, strict=True):
+        scale = float(others.abs().max())
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(ours, others, rtol=0, atol=tolerance * scale)
+
+
+def test_experts_are_grouped_where_torch_can() -> None:
+    experts, calls = some_moe(ModelConfig.tiny()).experts, []
+    for name in ("grouped", "in_turn"):
+        way = getattr(experts, name)
+        setattr(experts, name, lambda *a, way=way, name=name: calls.append(name) or way(*a))
+    for tokens, dtype in ((4, torch.float32), (3, torch.float32), (4, torch.float64)):
+        x = torch.randn(tokens, 32, dtype=dtype)
+        indices = torch.arange(2).expand(tokens, -1)
+        experts.to(dtype)(x, indices, torch.ones(tokens, 2, dtype=dtype))
+    assert calls == ["grouped", "in_turn", "in_turn"], "8 rows for 8 experts; fewer; fp64"

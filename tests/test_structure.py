@@ -201,7 +201,7 @@ def test_file_is_short_enough_to_read_in_one_go(path: Path) -> None:
 def test_the_core_can_be_read_in_an_afternoon() -> None:
     # What one reads to follow the model; text, folders and commands are around it.
     around = {"accounting", "checkpoint", "data", "environment", "measure", "resume"}
-    around |= {"inspect_command", "shards", "train_command"}
+    around |= {"inspect_command", "parallel", "shards", "train_command"}
     read = [path for path in CORE if path.stem not in around]
     lines = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in read}
     total = sum(lines.values())
