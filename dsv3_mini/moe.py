@@ -36,7 +36,12 @@ class Routing:
 
     def counts(self) -> Tensor:
         """How many tokens each expert received: (E,) int64, summing to B x T x K."""
-        return torch.bincount(self.indices_BTK.flatten(), minlength=self.scores_BTE.shape[-1])
+        return _count(self.indices_BTK.flatten(), self.scores_BTE.shape[-1])
+
+
+def _count(flat: Tensor, experts: int) -> Tensor:
+    # Not bincount, whose output's size depends on the numbers: a card would wait for them.
+    return flat.new_zeros(experts).scatter_add(0, flat, torch.ones_like(flat))
 
 
 class Gate(nn.Module):
@@ -118,7 +123,7 @@ class Experts(nn.Module):
         flat = indices_NK.flatten()
         order = flat.argsort(stable=True)
         token = order // indices_NK.shape[1]
-        counts_E = torch.bincount(flat, minlength=self.gate_proj.shape[0])
+        counts_E = _count(flat, self.gate_proj.shape[0])
         run = self.grouped if self._can_group(x_ND, len(flat)) else self.in_turn
         gates = weights_NK.flatten()[order, None].to(x_ND.dtype)
         return torch.zeros_like(x_ND).index_add(0, token, run(x_ND[token], counts_E) * gates)
