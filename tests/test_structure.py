@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "shards": set(),
     "checkpoint": {"block", "model", "fp8_numbers", "config", "shards"},
     "inspect_command": {"checkpoint", "model", "shards"},
-    "parallel": {"model", "moe"},
+    "parallel": {"balance", "model", "moe", "train"},
     "accounting": {"config"},
     "measure": {
         "accounting",
