@@ -61,14 +61,15 @@ def kinds(config: ModelConfig, key_heads: int) -> dict[str, Kind]:
 def best_seconds(run: Callable[[], object], repeats: int = 5) -> float:
     """The shortest of ``repeats`` times of ``run()``, after one that does not count."""
     run()
-    times = []
-    for _ in range(repeats):
-        _wait()
-        began = time.perf_counter()
-        run()
-        _wait()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return min(_seconds(run) for _ in range(repeats))
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    _wait()
+    began = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - began
 
 
 def _wait() -> None:
@@ -207,6 +208,13 @@ def speculation_costs(
         verify(logits[:, 0], logits[:, 0], tokens[:, at + 1], 0, None)
         choose(logits[:, 1], 0, None)
 
-    runs, places = (step, both, draft), range(context, context + steps)
-    one, two, drafted = (sum(best_seconds(partial(f, at), repeats) for at in places) for f in runs)
+    sums = [0.0, 0.0, 0.0]
+    for at in range(context, context + steps):
+        # In turn, as speculation runs them: the same step again would find its weights at hand.
+        rounds = [
+            [_seconds(partial(run, at)) for run in (step, both, draft)] for _ in range(repeats + 1)
+        ]
+        best = [min(times) for times in zip(*rounds[1:], strict=True)]
+        sums = [total + each for total, each in zip(sums, best, strict=True)]
+    one, two, drafted = sums
     return SpeculationCosts(one / steps, two / one, drafted / one)
