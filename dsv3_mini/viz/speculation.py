@@ -111,7 +111,7 @@ class SpeculationExplorer(widgets.VBox):  # type: ignore[misc]
         self.last: Acceptance | None = None
         wide = {"description_width": "110px"}
         self.prompt = widgets.Textarea(value=text, description="prompt", style=wide, rows=3)
-        self.prompt.layout.width = "560px"
+        self.prompt.layout.width, self.prompt.layout.max_width = "560px", "98%"
         self.count = widgets.IntSlider(
             value=60, min=4, max=200, step=4, description="new tokens", style=wide
         )
