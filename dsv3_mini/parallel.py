@@ -21,6 +21,7 @@ Every parameter is a DTensor, so clipping, AdamW and ``train.train_step`` are th
     parallelize(model, mesh)
     state = new_state(model, settings)             # after parallelize: it needs the slices
     record = train_step(model, state, settings, [tokens_of_all_ranks])
+    stop()
 
 Legend: R ranks, N tokens here, D hidden, E experts, L experts on a rank, K chosen, F expert width,
 S rows sent, M rows received. A row is a token on its way to a rank.
@@ -31,6 +32,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,14 @@ def start(device: str | None = None) -> DeviceMesh:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return init_device_mesh(device, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+
+
+def stop() -> None:
+    """Leave the job, when all ranks have come here: the last call of a script."""
+    dist.barrier()
+    dist.destroy_process_group()
+    # gloo's threads let go of the last tensors a moment later; with Python gone, they would abort.
+    time.sleep(0.2)
 
 
 class ParallelExperts(Experts):

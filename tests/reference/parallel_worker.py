@@ -242,7 +242,7 @@ def main() -> None:
     for name in names:
         (task,) = (task for task in TASKS if task.__name__ == name)
         torch.save(task(mesh, folder), folder / f"{name}-{dist.get_rank()}.pt")
-    dist.destroy_process_group()
+    parallel.stop()
 
 
 if __name__ == "__main__":
