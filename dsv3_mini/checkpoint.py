@@ -10,7 +10,7 @@ Published weights are FP8: the projections of attention and feed-forward are E4M
 whatever its name says. The rest is bf16, router biases fp32.
 
 Every header is read and compared with the config before a single weight is loaded. Weights are then
-read one at a time, so that memory holds the model and one tensor.
+read one at a time, so that memory holds the model, the scales and one tensor.
 
 ``python -m dsv3_mini.checkpoint inspect FOLDER`` says what a folder holds and what does not fit.
 """
@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil, prod
 from pathlib import Path
 
@@ -120,18 +120,23 @@ def save_pretrained(
 
 
 def _stored(model: Transformer, fp8: bool) -> Iterator[Stored]:
-    for name, tensor in named_weights(model):
-        if not fp8:
-            yield Stored(name, tensor.nbytes, tensor.detach)
-        elif _IN_FP8.fullmatch(name):
-            # Made twice rather than kept: codes and scales may lie in different shards.
-            cast = partial(quantize, tensor.detach(), SQUARE, name=name)
-            yield Stored(name, tensor.numel(), lambda cast=cast: cast()[0])  # type: ignore[misc]
-            size = 4 * prod(_scales(tensor.shape))
-            yield Stored(name + SCALE, size, lambda cast=cast: cast()[1])  # type: ignore[misc]
+    weights = {name: tensor.detach() for name, tensor in named_weights(model)}
+
+    @lru_cache(maxsize=1)  # codes and scales of a weight are asked for one after the other
+    def cast(name: str) -> tuple[Tensor, Tensor]:
+        return quantize(weights[name], SQUARE, name=name)
+
+    def part(name: str, which: int) -> Tensor:
+        return cast(name)[which]
+
+    for name, tensor in weights.items():
+        if fp8 and _IN_FP8.fullmatch(name):
+            yield Stored(name, tensor.numel(), partial(part, name, 0))
+            yield Stored(name + SCALE, 4 * prod(_scales(tensor.shape)), partial(part, name, 1))
+        elif fp8 and not name.endswith("e_score_correction_bias"):
+            yield Stored(name, 2 * tensor.numel(), tensor.bfloat16)
         else:
-            kept = tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
-            yield Stored(name, kept.nbytes, kept.detach)
+            yield Stored(name, tensor.nbytes, tensor.detach)
 
 
 def _scales(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -193,9 +198,7 @@ def load_tensors(
     if not names:
         raise CheckpointError(f"no tensor in {folder} matches {pattern!r}; names are like "
                               f"{some(list(found))}")  # fmt: skip
-    for name, tensor in read(folder, found, names):
-        cast = tensor.dtype == torch.float8_e4m3fn and not keep_fp8
-        yield name, _dequantized(folder, found, name, tensor) if cast else tensor
+    yield from (read if keep_fp8 else _decoded)(folder, found, names)
 
 
 def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Path, ModelConfig]:
@@ -231,9 +234,7 @@ def _fill(
         # Copies last: they are compared with what the main model has got.
         for copies in (False, True):
             names = [name for name in targets if bool(_COPIES.fullmatch(name)) == copies]
-            for name, tensor in read(folder, found, names):
-                if tensor.dtype == torch.float8_e4m3fn:
-                    tensor = _dequantized(folder, found, name, tensor.to(device))
+            for name, tensor in _decoded(folder, found, names, device):
                 if not copies:
                     targets[name].copy_(tensor)
                 elif not torch.equal(targets[name], tensor.to(targets[name])):
@@ -243,9 +244,19 @@ def _fill(
                     )
 
 
-def _dequantized(folder: Path, found: dict[str, Header], name: str, q: Tensor) -> Tensor:
-    ((_, scale),) = read(folder, found, [name + SCALE])
-    return dequantize(q, scale.to(q.device), SQUARE)
+def _decoded(
+    folder: Path, found: dict[str, Header], names: list[str], device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors one at a time; those in FP8 as code x scale, computed on ``device``."""
+    cast = [name + SCALE for name in names if found[name].dtype == "F8_E4M3"]
+    if bare := [name for name in cast if name not in found]:
+        raise CheckpointError(f"{folder} lacks {some(bare)}, the scales of FP8 weights")
+    scales = dict(read(folder, found, cast))  # in one pass: a file is opened once, not per weight
+    for name, tensor in read(folder, found, names):
+        scale = scales.pop(name + SCALE, None)
+        if scale is not None:
+            tensor = dequantize(tensor.to(device), scale.to(device), SQUARE)
+        yield name, tensor
 
 
 def _refuse(folder: Path, problems: list[str]) -> None:

@@ -24,12 +24,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_mini.fp8_numbers import (
     E4M3,
     E5M2,
     LARGEST,
+    NAMES,
     SQUARE,
     TENSOR,
     TILE,
@@ -43,9 +45,9 @@ from dsv3_mini.fp8_numbers import (
 )  # fmt: skip
 
 __all__ = [
-    "E4M3", "E5M2", "KEPT", "LARGEST", "SQUARE", "TENSOR", "TILE", "Block", "Format", "Fp8Linear",
-    "Recipe", "backend", "convert_to_fp8", "dequantize", "formats", "linear", "matmul", "quantize",
-    "values",
+    "E4M3", "E5M2", "KEPT", "LARGEST", "NAMES", "SQUARE", "TENSOR", "TILE", "Block", "Format",
+    "Fp8Linear", "Recipe", "backend", "convert_to_fp8", "dequantize", "formats", "linear",
+    "matmul", "quantize", "values",
 ]  # fmt: skip
 
 KEPT = ("lm_head", "eh_proj", "gate")
@@ -123,6 +125,8 @@ def linear(x: Tensor, weight: Tensor, recipe: Recipe = Recipe(), name: str = "li
 
     Raises ValueError for infinite or NaN operands, naming the tensor. Source: report 3.3, Fig 6.
     """
+    if not x.numel():  # an expert that no token chose: there is nothing to cast
+        return F.linear(x, weight)
     out: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, recipe, name)  # type: ignore[no-untyped-call]
     return out.view(*x.shape[:-1], -1)
 
@@ -213,7 +217,6 @@ def formats(model: nn.Module) -> list[Format]:
 
 
 def _describe(dtype: torch.dtype, block: Block) -> str:
-    names = {E4M3: "E4M3", E5M2: "E5M2"}
-    if dtype not in names:
+    if dtype not in NAMES:
         return str(dtype).removeprefix("torch.")
-    return f"{names[dtype]} {'x'.join('all' if n is None else str(n) for n in block)}"
+    return f"{NAMES[dtype]} {'x'.join('all' if n is None else str(n) for n in block)}"

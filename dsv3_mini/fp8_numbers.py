@@ -26,6 +26,7 @@ from torch import Tensor
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LARGEST = {E4M3: 448.0, E5M2: 57344.0}
+NAMES = {E4M3: "E4M3", E5M2: "E5M2"}
 
 Block = tuple[int | None, int | None]
 """Rows and columns that share a scale; None takes all."""

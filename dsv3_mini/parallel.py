@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.checkpoint import state_dict, state_dict_loader, state_dict_saver
@@ -120,11 +119,8 @@ class ParallelExperts(Experts):
         expert, row = chosen_ML.T.nonzero(as_tuple=True)  # sorted by expert
         chunks = x_MD[row].split(chosen_ML.count_nonzero(dim=0).tolist())
         weights = (_local(p).unbind() for p in (self.gate_proj, self.up_proj, self.down_proj))
-        outs = []
         # Also over empty chunks: an idle expert has a gradient of 0, and its weights decay.
-        for x, gate_FD, up_FD, down_DF in zip(chunks, *weights, strict=True):
-            linear = self.linear if len(x) else F.linear  # a cast to FP8 refuses no rows
-            outs.append(linear(F.silu(linear(x, gate_FD)) * linear(x, up_FD), down_DF))
+        outs = [self._swiglu(x, *parts) for x, *parts in zip(chunks, *weights, strict=True)]
         gates = gates_ML[row, expert, None]
         return torch.zeros_like(x_MD).index_add(0, row, torch.cat(outs) * gates)
 

@@ -184,6 +184,15 @@ def test_every_setting_reaches_every_product(blocks: list[Block], align: bool) -
         assert torch.equal(got, fp8.matmul(a, b, scale_a=scale_a, scale_b=scale_b, **sums))
 
 
+def test_no_tokens_make_no_output_and_no_gradient() -> None:
+    x, weight = torch.ones(0, 130, requires_grad=True), torch.ones(5, 130, requires_grad=True)
+    y = fp8.linear(x, weight)
+    assert y.shape == (0, 5)
+    dx, dw = torch.autograd.grad(y.sum(), (x, weight))
+    assert dx.shape == (0, 130)
+    assert torch.equal(dw, torch.zeros(5, 130))
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("operand", ["input", "weight", "gradient of the output"])
 def test_bad_numbers_name_layer_and_operand(operand: str, bad: float) -> None:

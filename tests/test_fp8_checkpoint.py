@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import Callable
 from math import ceil, prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dsv3_mini import checkpoint
 from dsv3_mini.accounting import checkpoint_bytes
 from dsv3_mini.checkpoint import (
     CheckpointError,
@@ -24,6 +26,7 @@ from dsv3_mini.checkpoint import (
     save_pretrained,
 )
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.fp8 import quantize
 from dsv3_mini.inspect_command import inspect, main
 from dsv3_mini.model import Transformer
 from dsv3_mini.shards import INDEX, SINGLE
@@ -115,6 +118,31 @@ def test_a_layer_and_single_experts_are_read_alone(tmp_path: Path) -> None:
         list(load_tensors(tmp_path / "fp8", "lm_hed"))
     with pytest.raises(CheckpointError, match="layer 2; expected 0 to 1"):
         load_layer(tmp_path / "fp8", 2)
+
+
+def test_each_weight_is_cast_once_and_read_whatever_shard_has_its_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cast: list[str] = []
+
+    def counted(x: Tensor, *args: Any, name: str) -> tuple[Tensor, Tensor]:
+        cast.append(name)
+        return quantize(x, *args, name=name)
+
+    monkeypatch.setattr(checkpoint, "quantize", counted)
+    save_pretrained(model(), tmp_path / "fp8", fp8=True, max_shard_bytes=1)
+    assert cast == [name for name, _ in named_weights(model()) if is_cast(name)]
+    files = json.loads((tmp_path / "fp8" / INDEX).read_text())["weight_map"]
+    assert all(files[name] != files[name + "_scale_inv"] for name in cast)
+    load_pretrained(tmp_path / "fp8")
+
+
+def test_a_weight_without_its_scale_is_not_read(tmp_path: Path) -> None:
+    save_pretrained(model(), tmp_path / "fp8", fp8=True)
+    file = tmp_path / "fp8" / SINGLE
+    save_file(change(load_file(file), S, None), file)
+    with pytest.raises(CheckpointError, match=r"lacks .*up_proj.weight_scale_inv, the scales"):
+        list(load_tensors(tmp_path / "fp8", W))
 
 
 def change(tensors: dict[str, Tensor], name: str, value: Tensor | None) -> dict[str, Tensor]:

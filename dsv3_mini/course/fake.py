@@ -24,16 +24,15 @@ def fake(model: nn.Module, device: str = "cuda") -> Iterator[nn.Module]:
 
     Tensors made inside are fake as well: ``torch.zeros(1, 8, dtype=torch.int64, device="cuda")``.
     """
-    made: dict[int, Tensor] = {}
+    made: dict[Tensor, Tensor] = {}
 
     def stand_in(tensor: Tensor) -> Tensor:
-        if id(tensor) not in made:  # what is shared stays shared
+        if tensor not in made:  # what is shared stays shared
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             parameter = isinstance(tensor, nn.Parameter)
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-        return made[id(tensor)]
+            made[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+        return made[tensor]
 
-    kept = [*model.parameters(), *model.buffers()]  # so that no id is used twice
     with FakeTensorMode(), _Named():
         for module in model.modules():
             for store in (module._parameters, module._buffers):
@@ -41,7 +40,6 @@ def fake(model: nn.Module, device: str = "cuda") -> Iterator[nn.Module]:
                     if tensor is not None:
                         store[name] = stand_in(tensor)  # type: ignore[assignment]
         yield model
-    del kept
 
 
 class _Named(TorchFunctionMode):

@@ -173,8 +173,9 @@ def main(names: Sequence[str] = (), seeds: int = SEEDS, steps: int = STEPS) -> i
     written = RECORD.with_suffix(".new")
     written.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     written.replace(RECORD)
-    for name, runs in recorded().items():
-        each = " ".join(f"{d:+.3%}" for d in differences(runs, recorded()["fp32"]))
+    found = recorded()
+    for name, runs in found.items():
+        each = " ".join(f"{d:+.3%}" for d in differences(runs, found["fp32"]))
         print(f"{name:24s} {each}")
     return 0
 

@@ -22,10 +22,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
-from dsv3_mini.fp8 import E4M3, E5M2, Format, formats
+from dsv3_mini.fp8 import E4M3, E5M2, NAMES, Format, formats
 from dsv3_mini.viz.style import COLOURS, INK, new_figure, styled
 
-NAMES = {E4M3: "E4M3", E5M2: "E5M2"}
 WIDEST = 100  # characters of a line of text
 COLUMNS = ("stored", "input", "weight", "gradient")
 

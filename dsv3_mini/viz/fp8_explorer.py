@@ -18,8 +18,8 @@ import ipywidgets as widgets
 import torch
 from matplotlib.figure import Figure
 
-from dsv3_mini.fp8 import E4M3
-from dsv3_mini.viz.fp8 import NAMES, code_values, layout, place_figure, plain
+from dsv3_mini.fp8 import E4M3, NAMES
+from dsv3_mini.viz.fp8 import code_values, layout, place_figure, plain
 from dsv3_mini.viz.shell import refusal, table
 from dsv3_mini.viz.style import png
 
