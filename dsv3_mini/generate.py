@@ -8,6 +8,7 @@ Legend: B batch, T prompt tokens, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -84,3 +85,9 @@ def generate(
         if bool(done_B.all()):
             break
     return tokens
+
+
+if __name__ == "__main__":
+    from dsv3_mini.generate_command import main
+
+    sys.exit(main())

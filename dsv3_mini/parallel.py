@@ -228,6 +228,13 @@ def gather(model: Transformer) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in whole.items() if isinstance(tensor, Tensor)}
 
 
+def gather_model(model: Transformer) -> Transformer:
+    """An ordinary model with the weights of a parallel one, on the CPU of every rank."""
+    whole = Transformer(model.config)
+    whole.load_state_dict({name: tensor.cpu() for name, tensor in gather(model).items()})
+    return whole
+
+
 def save(folder: str | os.PathLike[str], model: Transformer, state: TrainState) -> None:
     """Write model and optimizer to a new ``folder``, each rank its own part.
 
@@ -241,7 +248,10 @@ def save(folder: str | os.PathLike[str], model: Transformer, state: TrainState) 
     if dist.get_rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)  # left by a kill in the middle of a save
     dist.barrier()
-    state_dict_saver.save(_everything(model, state), checkpoint_id=beside)
+    try:
+        state_dict_saver.save(_everything(model, state), checkpoint_id=beside)
+    except CheckpointException as error:
+        raise ValueError(f"cannot save into {target}: {_reason(error)}") from None
     if dist.get_rank() == 0:
         beside.rename(target)
     dist.barrier()
@@ -259,12 +269,16 @@ def load(folder: str | os.PathLike[str], model: Transformer, state: TrainState) 
     try:
         state_dict_loader.load(found, checkpoint_id=folder)
     except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        raise ValueError(f"{folder} does not fit this model: {reason}") from None
+        raise ValueError(f"{folder} does not fit this model: {_reason(error)}") from None
     state_dict.set_state_dict(
         model, state.optimizer, model_state_dict=found["model"], optim_state_dict=found["optimizer"]
     )
     state.step = found["step"]
+
+
+def _reason(error: CheckpointException) -> str:
+    reason, _ = next(iter(error.failures.values()))
+    return str(reason)
 
 
 def _everything(model: Transformer, state: TrainState) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from dsv3_mini.shards import replace_folder
 from dsv3_mini.train import Record, TrainConfig, TrainState, new_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+PARALLEL = "run.json"
+"""The file of settings in the folder of a run of several processes."""
 
 
 class ResumeError(ValueError):
@@ -58,28 +60,31 @@ class Run:
         A run is resumed only with the very configs and text that it was started with.
         """
         folder, data = Path(folder), fingerprint(corpus)
-        if folder.exists() and not folder.is_dir():
-            raise ResumeError(f"{folder} is a file; expected the name of a folder for this run")
-        saves = sorted(folder.glob("step-*"))
-        if folder.is_dir() and not saves:
-            strange = [p.name for p in folder.iterdir() if p.name != "log.jsonl"]
-            strange = [name for name in strange if not name.endswith((".writing", ".old"))]
-            if strange:
-                raise ResumeError(f"{folder} holds {strange[:3]} and no run; choose a new folder")
+        saves = find_saves(folder)
+        if (folder / PARALLEL).exists():
+            raise ResumeError(
+                f"{folder} was started by several processes; start them by torchrun again, or "
+                "choose another --out"
+            )
         if saves:
             run = cls._load(saves[-1], model_config, config, data, device)
         else:
             torch.manual_seed(config.seed)
             model = Transformer(model_config).to(device)
             run = cls(folder, model, new_state(model, config), config, data)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ResumeError(f"cannot make {folder} ({error}); choose another place") from None
-        for half in folder.glob(".*step-*.writing"):  # left by a kill in the middle of a save
-            shutil.rmtree(half, ignore_errors=True)
-        run._trim_log()
+        run._prepare()
         return run
+
+    def _prepare(self) -> None:
+        """Make the folder, and remove what a kill left in it."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"cannot make {self.folder} ({error}); choose another place"
+            raise ResumeError(problem) from None
+        for half in self.folder.glob(".*step-*.writing"):  # of a save that was not finished
+            shutil.rmtree(half, ignore_errors=True)
+        self._trim_log()
 
     @classmethod
     def _load(
@@ -94,16 +99,7 @@ class Run:
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ResumeError(f"{save} is damaged ({error}); delete it to start again") from None
         wanted = {**dataclasses.asdict(config), **model_config.to_hf(), "data": data}
-        changed = [
-            f"{name} was {found.get(name)!r} and is now {value!r}"
-            for name, value in wanted.items()
-            if found.get(name) != value
-        ]
-        if changed:
-            raise ResumeError(
-                f"{save.parent} was started differently: {'; '.join(changed[:4])}. Use the same "
-                "options (and the same Python for the same text), or another --out"
-            )
+        refuse_changes(found, wanted, save.parent)
         model = load_pretrained(save, device=device)
         state = new_state(model, config)
         state.step = saved["step"]
@@ -143,6 +139,10 @@ class Run:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record.scalars()) + "\n")
 
+    def anyone(self, stop: bool) -> bool:
+        """Whether to ``stop``; in a job of several processes, whether any of them wants to."""
+        return stop
+
     def _trim_log(self) -> None:
         # Steps after the last save are done again, so their lines would stand twice.
         path = self.folder / "log.jsonl"
@@ -158,6 +158,33 @@ class Run:
         beside = path.with_name(".log.jsonl.writing")
         beside.write_text("".join(kept), encoding="utf-8")
         os.replace(beside, path)
+
+
+def find_saves(folder: Path) -> list[Path]:
+    """The complete saves in ``folder``, oldest first. Raises ResumeError if it is no run's."""
+    if folder.exists() and not folder.is_dir():
+        raise ResumeError(f"{folder} is a file; expected the name of a folder for this run")
+    saves = sorted(folder.glob("step-*"))
+    if folder.is_dir() and not saves:
+        strange = [p.name for p in folder.iterdir() if p.name not in ("log.jsonl", PARALLEL)]
+        strange = [name for name in strange if not name.endswith((".writing", ".old"))]
+        if strange:
+            raise ResumeError(f"{folder} holds {strange[:3]} and no run; choose a new folder")
+    return saves
+
+
+def refuse_changes(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    """Raises ResumeError where the run in ``folder`` was started with other settings or text."""
+    changed = [
+        f"{name} was {found.get(name)!r} and is now {value!r}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    if changed:
+        raise ResumeError(
+            f"{folder} was started differently: {'; '.join(changed[:4])}. Use the same options "
+            "(and the same Python for the same text), or another --out"
+        )
 
 
 def fingerprint(corpus: Corpus) -> str:

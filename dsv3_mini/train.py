@@ -9,7 +9,7 @@ sequence-wise balance loss (eq 17). After the optimizer's step, and once per ste
 micro-batches it had, each router bias moves by gamma against its expert's load (text after eq 16).
 
 Long runs: ``python -m dsv3_mini.train --out runs/mini --steps 2000``; started again with the same
-words, it goes on from the last save.
+words, it goes on from the last save. Begun by torchrun, all its processes train one model.
 
 Legend: B batch, T positions, L MoE layers (MTP last), E experts.
 """
@@ -35,6 +35,7 @@ from dsv3_mini.model import Transformer
 from dsv3_mini.mtp import mtp_loss
 
 Rule = Callable[[Tensor, Tensor, float], Tensor]
+Step = Callable[[Transformer, "TrainState", "TrainConfig", list[Tensor], Rule], "Record"]
 
 
 @dataclass(frozen=True)
@@ -192,12 +193,13 @@ def train_step(
 
 def train(
     model: Transformer, corpus: Corpus, config: TrainConfig, state: TrainState | None = None,
-    rule: Rule = update_bias,
+    rule: Rule = update_bias, step: Step = train_step,
 ) -> Iterator[Record]:  # fmt: skip
     """Train until ``config.steps`` steps are done, yielding one Record after each.
 
     With ``state`` it goes on where that state is; the caller may stop at any time and lose
-    nothing. Raises ValueError if the corpus' vocabulary or sequences do not fit the model.
+    nothing. ``step`` is ``parallel.train_step`` where several processes train one model. Raises
+    ValueError if the corpus' vocabulary or sequences do not fit the model.
     """
     if config.seq_len > model.config.max_position_embeddings:
         raise ConfigError(
@@ -219,7 +221,7 @@ def train(
             corpus.batch(number, config.batch_size, config.seq_len, config.seed)[0].to(where)
             for number in range(first, first + config.accumulate)
         ]
-        yield train_step(model, state, config, batches, rule)
+        yield step(model, state, config, batches, rule)
 
 
 @torch.no_grad()

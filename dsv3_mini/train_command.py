@@ -2,6 +2,10 @@
 
 Why apart from ``train``: the loop is a library that notebooks use; the command adds a folder, a
 progress bar and the handling of Ctrl-C, and needs tqdm for it.
+
+    torchrun --standalone --nproc-per-node 4 -m dsv3_mini.train --out runs/four --steps 2000
+
+trains the same model by four processes (``parallel``): same losses, same folder of saves.
 """
 
 from __future__ import annotations
@@ -13,14 +17,18 @@ import signal
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
+from dsv3_mini import parallel
 from dsv3_mini.checkpoint import save_pretrained
 from dsv3_mini.config import ConfigError, ModelConfig
 from dsv3_mini.data import load_corpus
 from dsv3_mini.environment import device
+from dsv3_mini.parallel_run import ParallelRun
 from dsv3_mini.resume import Run
-from dsv3_mini.train import TrainConfig, evaluate, train
+from dsv3_mini.train import TrainConfig, evaluate, train, train_step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,37 +52,59 @@ def main(argv: list[str] | None = None) -> int:
         about = f"(default {field.default})"
         parser.add_argument(flag, type=kind, default=field.default, help=about)
     args = parser.parse_args(argv)
+    mesh = None
     try:
-        if args.save_every < 1:
-            raise ConfigError(f"--save-every is {args.save_every}; expected at least 1")
-        names = [field.name for field in dataclasses.fields(TrainConfig)]
-        config = TrainConfig(**{name: getattr(args, name) for name in names})
-        corpus = load_corpus(characters=args.characters)
-        model_config: ModelConfig = getattr(ModelConfig, args.preset)()
-        layers = model_config.num_hidden_layers if args.layers is None else args.layers
-        model_config = model_config.replace(vocab_size=corpus.vocab_size, num_hidden_layers=layers)
-        run = Run.open(args.out, model_config, config, corpus, device())
-        # A first Ctrl-C ends the run after the current step and saves it.
-        stopped: list[int] = []
-        signal.signal(signal.SIGINT, lambda number, _: stopped.append(number))
-        bar = tqdm(total=config.steps, initial=run.state.step, unit="step")
-        for record in train(run.model, corpus, config, run.state):
-            run.log(record)
-            bar.update()
-            bar.set_postfix(loss=f"{record.loss:.3f}", maxvio=f"{max(record.max_violation):.2f}")
-            if stopped or record.step % args.save_every == 0 or record.step == config.steps:
-                run.save()
-            if stopped:
-                break
-        bar.close()
+        if dist.is_torchelastic_launched():
+            mesh = parallel.start(device().split(":")[0])
+        return _run(args, mesh)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if mesh is None or mesh.get_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
+    first = mesh is None or mesh.get_rank() == 0  # of several processes, one speaks
+    if args.save_every < 1:
+        raise ConfigError(f"--save-every is {args.save_every}; expected at least 1")
+    names = [field.name for field in dataclasses.fields(TrainConfig)]
+    config = TrainConfig(**{name: getattr(args, name) for name in names})
+    corpus = load_corpus(characters=args.characters)
+    model_config: ModelConfig = getattr(ModelConfig, args.preset)()
+    layers = model_config.num_hidden_layers if args.layers is None else args.layers
+    model_config = model_config.replace(vocab_size=corpus.vocab_size, num_hidden_layers=layers)
+    run: Run
+    if mesh is None:
+        run, step = Run.open(args.out, model_config, config, corpus, device()), train_step
+    else:
+        run = ParallelRun.join(args.out, model_config, config, corpus, mesh)
+        step = parallel.train_step
+    # A first Ctrl-C ends the run after the current step and saves it.
+    signals: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
+    stopped = False
+    bar = tqdm(total=config.steps, initial=run.state.step, unit="step", disable=not first)
+    for record in train(run.model, corpus, config, run.state, step=step):
+        run.log(record)
+        bar.update()
+        bar.set_postfix(loss=f"{record.loss:.3f}", maxvio=f"{max(record.max_violation):.2f}")
+        stopped = run.anyone(bool(signals))
+        if stopped or record.step % args.save_every == 0 or record.step == config.steps:
+            run.save()
+        if stopped:
+            break
+    bar.close()
     for domain in corpus.domains:
         held_out = evaluate(run.model, corpus.windows(domain, config.seq_len, 32))
-        print(f"{domain:12s} held-out loss {held_out:.3f} nats per token")
+        if first:
+            print(f"{domain:12s} held-out loss {held_out:.3f} nats per token")
     if args.export is not None and not stopped:
-        save_pretrained(copy.deepcopy(run.model).bfloat16(), args.export)
-        print(f"exported to {args.export}")
-    print(f"step {run.state.step} of {config.steps} saved in {run.latest}")
+        whole = copy.deepcopy(run.model) if mesh is None else parallel.gather_model(run.model)
+        if first:
+            save_pretrained(whole.bfloat16(), args.export)
+            print(f"exported to {args.export}")
+    if first:
+        print(f"step {run.state.step} of {config.steps} saved in {run.latest}")
+    if mesh is not None:
+        parallel.stop()
     return 130 if stopped else 0

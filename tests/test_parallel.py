@@ -274,6 +274,10 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
         ("save", ["step-10 exists", "new folder"]),
         ("load nothing", ["step-11 holds no complete save"]),
         ("load another", ["step-10 does not fit this model", "Size mismatch"]),
+        ("join one", ["one was started by one process", "without torchrun", "another --out"]),
+        ("join another", ["run was started differently: seed was 0 and is now 5"]),
+        ("join damaged", ["run.json is damaged"]),
+        ("join without a part", ["step-000000 does not fit this model", "No such file"]),
     ],
 )
 def test_what_is_refused_says_why(jobs: Jobs, attempt: str, parts: list[str]) -> None:

@@ -37,13 +37,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": set(),
     "train": {"model", "balance", "data", "fp8", "mtp", "config", "checkpoint", "environment"},
     "resume": {"train", "model", "data", "checkpoint", "config", "shards"},
-    "train_command": {"train", "resume", "data", "environment", "config", "checkpoint"},
+    "train_command": {
+        "train",
+        "resume",
+        "data",
+        "environment",
+        "config",
+        "checkpoint",
+        "parallel",
+        "parallel_run",
+    },
     "generate": {"model", "cache"},
+    "generate_command": {
+        "generate",
+        "speculative",
+        "data",
+        "environment",
+        "checkpoint",
+        "parallel",
+    },
     "speculative": {"generate", "model", "cache"},
     "shards": set(),
     "checkpoint": {"block", "model", "fp8_numbers", "config", "shards"},
     "inspect_command": {"checkpoint", "model", "shards"},
     "parallel": {"balance", "model", "moe", "train"},
+    "parallel_run": {"parallel", "resume", "train", "model", "data", "config"},
     "accounting": {"config"},
     "measure": {
         "accounting",
@@ -58,7 +76,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 OUTSIDE = {"torch", "safetensors"}
-MAY_ALSO_IMPORT = {"data": {"tokenizers"}, "train_command": {"tqdm"}}
+MAY_ALSO_IMPORT = {
+    "data": {"tokenizers"},
+    "train_command": {"tqdm"},
+    "generate_command": {"tokenizers"},
+}
 HEAVY = ["matplotlib", "ipywidgets", "IPython", "transformers"]
 MAX_LINES_IN_FILE = 300
 MAX_LINES_IN_CORE = 2_500
@@ -201,7 +223,8 @@ def test_file_is_short_enough_to_read_in_one_go(path: Path) -> None:
 def test_the_core_can_be_read_in_an_afternoon() -> None:
     # What one reads to follow the model; text, folders and commands are around it.
     around = {"accounting", "checkpoint", "data", "environment", "measure", "resume"}
-    around |= {"inspect_command", "parallel", "shards", "train_command"}
+    around |= {"inspect_command", "parallel", "parallel_run", "shards", "train_command"}
+    around |= {"generate_command"}
     read = [path for path in CORE if path.stem not in around]
     lines = {name_of(p): len(p.read_text(encoding="utf-8").splitlines()) for p in read}
     total = sum(lines.values())

@@ -27,6 +27,7 @@ from dsv3_mini.data import Corpus
 from dsv3_mini.fp8 import convert_to_fp8
 from dsv3_mini.model import Transformer
 from dsv3_mini.moe import Experts
+from dsv3_mini.parallel_run import ParallelRun
 from dsv3_mini.train import TrainConfig, TrainState, new_state
 
 TINY = ModelConfig.tiny()
@@ -221,6 +222,7 @@ def errors(mesh: DeviceMesh, folder: Path) -> object:
         "load nothing": lambda: parallel.load(folder / "step-11", whole, state),
         "load another": lambda: parallel.load(folder / "step-10", other, other_state),
     }
+    attempts |= _joins(folder, mesh)
     messages = {}
     for name, attempt in attempts.items():
         try:
@@ -228,6 +230,27 @@ def errors(mesh: DeviceMesh, folder: Path) -> object:
         except ValueError as error:
             messages[name] = str(error)
     return messages
+
+
+def _joins(folder: Path, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
+    """A run of one process, one of these, one whose settings are damaged, one saved in parts."""
+
+    def join(name: str, settings: TrainConfig = SETTINGS) -> ParallelRun:
+        return ParallelRun.join(folder / name, TINY, settings, corpus(), mesh)
+
+    join("run").save()
+    join("damaged").save()
+    if dist.get_rank() == 0:
+        (folder / "damaged" / "run.json").write_text("[")
+        (folder / "one" / "step-000003").mkdir(parents=True)
+        (folder / "run" / "step-000000" / "__1_0.distcp").unlink()
+    dist.barrier()
+    return {
+        "join one": lambda: join("one"),
+        "join another": lambda: join("run", replace(SETTINGS, seed=5)),
+        "join damaged": lambda: join("damaged"),
+        "join without a part": lambda: join("run"),
+    }
 
 
 TASKS = (dispatch, groups, train, resume, die, fp8, errors)
