@@ -10,7 +10,7 @@ Published weights are FP8: the projections of attention and feed-forward are E4M
 whatever its name says. The rest is bf16, router biases fp32.
 
 Every header is read and compared with the config before a single weight is loaded. Weights are then
-read one at a time, so that memory holds the model, the scales and one tensor.
+read one at a time: memory holds the model, the scales, one tensor, and pages of the shard it is in.
 
 ``python -m dsv3_mini.checkpoint inspect FOLDER`` says what a folder holds and what does not fit.
 """
