@@ -36,7 +36,7 @@ TIMEOUT = 120
 
 @dataclass(frozen=True)
 class Spread:
-    """What came out; byte counts are of fp32 numbers."""
+    """What came out; numbers are fp64, 8 bytes, so that no near tie is routed two ways."""
 
     sent: dict[int, Tensor]
     """By limit: bytes dispatched from node (row) to node (column), by MoE layer: (L, R, R)."""
@@ -59,7 +59,7 @@ def config(limit: int) -> ModelConfig:
 def model(limit: int) -> Transformer:
     """The same weights in every process and in the notebook."""
     torch.manual_seed(0)
-    return Transformer(config(limit))
+    return Transformer(config(limit)).double()
 
 
 def tokens(rank: int) -> Tensor:

@@ -97,6 +97,46 @@ def dots(
     return figure
 
 
+def stacks(
+    columns: Mapping[str, Mapping[str, float]], ylabel: str, title: str = "",
+    bar: tuple[str, float] | None = None,
+) -> Figure:  # fmt: skip
+    """A column a name, its parts on top of one another with their values; ``bar`` is a level."""
+    with styled():
+        figure = new_figure(8.6, 3.8)
+        axes = figure.add_subplot()
+        names = list(next(iter(columns.values())))
+        below = np.zeros(len(columns))
+        highest = max(sum(parts.values()) for parts in columns.values())
+        for index, name in enumerate(names):
+            values = np.array([parts[name] for parts in columns.values()])
+            colour = COLOURS[(0, 4, 2, 3, 1)[index % 5]]
+            shown = axes.bar(range(len(columns)), values, 0.6, below, color=colour, label=name)
+            dark = index % 5 in (0, 2)
+            labels = [f"{value:,.1f}" if value > highest / 15 else "" for value in values]
+            axes.bar_label(
+                shown, labels, label_type="center", color="white" if dark else INK, fontsize=9
+            )
+            below += values
+        for place, total in enumerate(below):
+            axes.annotate(
+                f"{total:,.1f}", (place, total), xytext=(0, 3), textcoords="offset points",
+                ha="center", fontsize=10, fontweight="bold",
+            )  # fmt: skip
+        if bar is not None:
+            axes.axhline(bar[1], color=COLOURS[1], linestyle="--", linewidth=1.4)
+            axes.annotate(
+                bar[0], (1, bar[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                textcoords="offset points", ha="right", fontsize=9,
+            )  # fmt: skip
+        axes.set_xticks(range(len(columns)), list(columns))
+        axes.set_ylim(top=max(highest, bar[1] if bar else 0) * 1.12)
+        axes.set(ylabel=ylabel, title=title)
+        axes.grid(axis="x", visible=False)
+        axes.legend(loc="upper right", reverse=True, frameon=False, bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
 def heatmaps(
     panels: Mapping[str, Sequence[Sequence[float]]], rows: Sequence[str], xlabel: str, unit: str
 ) -> Figure:
