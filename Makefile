@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help lab test notebooks figures clean
+.PHONY: help lab test notebooks exercises figures clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
@@ -21,6 +21,9 @@ test: .venv/.ready ## lint, types, unit tests, every notebook against its commit
 
 notebooks: .venv/.ready ## re-execute every notebook in place, ready to commit
 	$(RUN) -m tests.notebooks.execute
+
+exercises: .venv/.ready ## write the student's notebooks from those with solutions
+	$(RUN) -m dsv3_mini.course.hand_out
 
 figures: .venv/.ready ## redraw everything in figures/
 	$(RUN) -m dsv3_mini.viz.figures

@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+SOLUTIONS = NOTEBOOKS / "solutions"
+EXERCISES = NOTEBOOKS / "exercises"  # written from solutions; test_exercises.py runs them
 
 FIXED = {
     "OMP_NUM_THREADS": "1",  # two processes with two threads each get in each other's way
