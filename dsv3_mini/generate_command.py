@@ -1,7 +1,9 @@
 """The command ``python -m dsv3_mini.generate FOLDER``: go on with a text.
 
 Why: after a training run one wants to read what the model writes. Begun by torchrun, all its
-processes hold one model together (``parallel``), and the tokens are those of one process.
+processes hold one model together (``parallel``), and the tokens are those of one process. Each
+decides for itself, so ``--draft`` needs logits that are equal to the last digit on all of them: so
+it is on a CPU; it has not been run on GPUs.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
             mesh = parallel.start(device().split(":")[0])
         said = _run(args, mesh)
     except ValueError as error:
-        if mesh is None or mesh.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = 0 if mesh is None else mesh.get_rank()
+        print(f"rank {rank}: " * bool(rank) + f"error: {error}", file=sys.stderr)
         return 2
     if mesh is None or mesh.get_rank() == 0:
         print(said)
@@ -79,8 +81,14 @@ def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> str:
 
 def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     """The tokenizer in ``folder`` if there is one, else the package's, where it fits."""
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more special
+            raise ValueError(
+                f"{path} is damaged ({error}); fetch it again, or give --ids"
+            ) from None
     tokenizer = load_tokenizer()
     if tokenizer.get_vocab_size() != vocabulary:
         raise ValueError(

@@ -31,7 +31,7 @@ def inspect(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         numbers[header.dtype] += prod(header.shape)
     depths = config.num_nextn_predict_layers
     lines = [
-        f"{config.num_hidden_layers} layers of width {config.hidden_size}, {depths} for MTP; "
+        f"{config.num_hidden_layers} layers of width {config.hidden_size} and {depths} for MTP; "
         f"{config.n_routed_experts} experts, {config.num_experts_per_tok} a token",
         f"{len(found):,} tensors in {len({header.file for header in found.values()})} files",
     ]

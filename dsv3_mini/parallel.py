@@ -3,9 +3,9 @@
 Why: V3's routed experts are 97 % of its weights, far more than one card holds, and a token uses
 8 of 256. So the *tokens* travel. Each rank has its own rows of the batch and E / R experts of every
 MoE layer; a layer sends tokens to the ranks of their experts (dispatch), and gets answers back
-(combine). Both are one all-to-all, and its backward pass is the same all-to-all turned around.
+(combine). Each is an all-to-all, and its backward pass is the same all-to-all turned around.
 A token with several experts on a rank goes there once, and the rank returns one weighted sum
-(report 3.2.2 does so per node); so a rank is asked by ``topk_group`` of R groups at most, where
+(report 3.2.2 does so per node); so a token goes to ``topk_group`` of the R ranks at most, where
 there are as many groups as ranks. Nothing is dropped, however lopsided the routing.
 
 What is left, 3 % of the weights, every token needs on every rank: FSDP2 keeps a slice of each on
@@ -178,8 +178,13 @@ def train_step(
 
     ``batches`` are the whole ones, (B, T + 1), the same on every rank, which takes its own B / R
     rows. Losses are means over ranks, counts sums, seconds this rank's. Source: report 4.2.
-    Raises ValueError if a batch does not divide by the ranks.
+    Raises ValueError if a batch does not divide by the ranks, or if ``alpha_batch`` is not 0.
     """
+    if config.alpha_batch:
+        raise ValueError(
+            f"alpha_batch is {config.alpha_batch}; expected 0 where several processes train: that "
+            "loss is no mean over rows, and would need the scores of all ranks"
+        )
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for tokens in batches:
         if len(tokens) % ranks:
@@ -215,9 +220,9 @@ def traffic(model: Transformer) -> Tensor:
     layers = [module for module in model.modules() if isinstance(module, ParallelExperts)]
     if not layers:
         raise ValueError("no layer has spread experts; call parallelize first")
-    mine_LR = torch.stack([module.sent_R for module in layers]).to(layers[0].mesh.device_type)
-    everyone = [torch.empty_like(mine_LR) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine_LR)
+    mine = torch.stack([module.sent_R for module in layers]).to(layers[0].mesh.device_type)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
     return torch.stack(everyone, dim=1).cpu()
 
 

@@ -45,7 +45,7 @@ class ParallelRun(Run):
             raise ResumeError(
                 f"{folder} was started by one process; go on without torchrun, or use another --out"
             )
-        if about.is_file():
+        if saves:  # of a job that was refused before its first save, nothing is kept
             refuse_changes(_read(about), wanted, folder)
         dist.barrier()  # everyone has looked before rank 0 writes
         torch.manual_seed(config.seed)

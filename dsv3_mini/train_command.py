@@ -5,7 +5,9 @@ progress bar and the handling of Ctrl-C, and needs tqdm for it.
 
     torchrun --standalone --nproc-per-node 4 -m dsv3_mini.train --out runs/four --steps 2000
 
-trains the same model by four processes (``parallel``): same losses, same folder of saves.
+trains the same model by four processes (``parallel``): same losses. Its saves are in slices, which
+only torchrun goes on with; ``--export`` writes an ordinary checkpoint. After Ctrl-C torchrun gives
+the ranks 30 seconds to finish the step and to save it.
 """
 
 from __future__ import annotations
@@ -58,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
             mesh = parallel.start(device().split(":")[0])
         return _run(args, mesh)
     except ValueError as error:
-        if mesh is None or mesh.get_rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        rank = 0 if mesh is None else mesh.get_rank()
+        print(f"rank {rank}: " * bool(rank) + f"error: {error}", file=sys.stderr)
         return 2
 
 
@@ -67,6 +69,8 @@ def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     first = mesh is None or mesh.get_rank() == 0  # of several processes, one speaks
     if args.save_every < 1:
         raise ConfigError(f"--save-every is {args.save_every}; expected at least 1")
+    if args.export is not None and args.export.exists() and any(args.export.iterdir()):
+        raise ConfigError(f"--export {args.export} is not empty; choose a new folder")
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**{name: getattr(args, name) for name in names})
     corpus = load_corpus(characters=args.characters)
@@ -94,7 +98,7 @@ def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
         if stopped:
             break
     bar.close()
-    for domain in corpus.domains:
+    for domain in () if stopped else corpus.domains:
         held_out = evaluate(run.model, corpus.windows(domain, config.seq_len, 32))
         if first:
             print(f"{domain:12s} held-out loss {held_out:.3f} nats per token")

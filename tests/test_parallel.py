@@ -269,6 +269,7 @@ def test_a_killed_rank_ends_the_job(tmp_path: Path) -> None:
     [
         ("experts", ["n_routed_experts 9", "2 ranks", "--nproc-per-node 1"]),
         ("twice", ["parallel already"]),
+        ("batch-wise loss", ["alpha_batch is 0.1", "expected 0"]),
         ("batch", ["3 rows", "2 ranks", "batch_size 4"]),
         ("traffic", ["parallelize first"]),
         ("save", ["step-10 exists", "new folder"]),

@@ -108,6 +108,15 @@ def test_a_stopped_job_goes_on_to_the_same_end(runs: Path, how: str) -> None:
         assert (runs / how / "step-000012" / part.name).read_bytes() == part.read_bytes()
 
 
+def test_a_full_export_folder_is_refused_before_the_run(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--out", str(tmp_path / "run"), "--export", str(runs / "exported")]
+    assert train_command.main([*TRAIN, *options]) == 2
+    assert "exported is not empty" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_process_leaves_the_run_of_several_alone(runs: Path) -> None:
     with pytest.raises(ResumeError, match=r"several processes.*torchrun"):
         Run.open(runs / "two", ModelConfig.tiny(), SETTINGS, corpus())
@@ -162,6 +171,10 @@ def test_generate_takes_ids_and_a_tokenizer_of_the_folder(
     ours.write_text(json.dumps(about), encoding="utf-8")
     assert generate_command.main([*words[:1], "--prompt", "y", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out[1:].translate(str.maketrans("xy", "yx")) == plain[1:]
+    ours.write_text("{}", encoding="utf-8")
+    assert generate_command.main([*words[:1], "--prompt", "y"]) == 2
+    assert "tokenizer.json is damaged" in capsys.readouterr().err
+    ours.unlink()
 
 
 def test_a_vocabulary_without_tokenizer_is_refused(

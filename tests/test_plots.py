@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from itertools import pairwise
 
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
+from dsv3_mini.config import ModelConfig
 from dsv3_mini.measure import Ceilings
-from dsv3_mini.viz.plots import dots, heatmaps, lines, roofline
+from dsv3_mini.moe import Gate
+from dsv3_mini.parallel import ParallelExperts
+from dsv3_mini.viz.plots import dots, heatmaps, lines, roofline, stacks
+from dsv3_mini.viz.source import show
 from dsv3_mini.viz.style import png
 
 
@@ -66,3 +73,26 @@ def test_heatmaps_share_a_scale() -> None:
         assert image.get_array().tolist() == values  # type: ignore[union-attr]
         assert image.get_clim() == (0.0, 5.0)
         assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+@pytest.mark.parametrize("thing", [ModelConfig.to_hf, ParallelExperts.forward, Gate, show])
+def test_source_is_shown_as_it_stands_in_its_file(thing: object) -> None:
+    """Indented as Python reads it, also where a method's signature is one line."""
+    text = show(thing).data
+    code = text.partition("```python\n")[2].removesuffix("\n```")
+    (shown,) = ast.parse(code).body
+    (written,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body  # type: ignore[arg-type]
+    assert ast.dump(shown) == ast.dump(written)
+
+
+def test_stacks_reach_their_sums_and_leave_small_parts_unnamed() -> None:
+    columns = {"a": {"experts": 80.0, "rest": 20.0}, "b": {"experts": 40.0, "rest": 1.0}}
+    figure = stacks(columns, "GB", bar=("a card", 90.0))
+    png(figure)
+    (axes,) = figure.axes
+    tops = {round(bar.get_y() + bar.get_height(), 6) for bar in axes.patches}
+    assert tops == {80.0, 100.0, 40.0, 41.0}
+    assert axes.get_ylim()[1] > 100
+    written = [text.get_text() for text in axes.texts]
+    assert {"80.0", "20.0", "40.0", "100.0", "41.0", "a card"} <= set(written)
+    assert "1.0" not in written

@@ -28,6 +28,11 @@ def test_two_processes_hold_halves_and_train_as_one() -> None:
             assert int(result.sent[1][:, source, target].sum()) == sent * rows
 
 
+def test_a_job_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(RuntimeError, match="2 processes did not finish"):
+        job.spread(ranks=2, timeout=2)
+
+
 def test_a_job_that_fails_says_what_it_printed() -> None:
     with pytest.raises(RuntimeError, match="n_routed_experts 64 does not divide by 3 ranks"):
         job.spread(ranks=3)

@@ -2,8 +2,8 @@
 
 Why processes: counting on indices says what *should* travel. Here torch's own all-to-all carries
 the tokens between processes, and ``parallel.traffic`` counts what it was given. A process stands
-for a node. The eight groups of experts are spread two to a node, and the limit on groups is 1, 2,
-4 or 8 of them.
+for a node. With four of them, the eight groups of experts are spread two to a node; the limit on
+groups is 1, 2, 4 or 8.
 
 ``spread()`` starts the job by torchrun and waits; ``python -m dsv3_mini.course.spread`` is what
 each of its processes runs.
@@ -31,7 +31,6 @@ from dsv3_mini.train import TrainConfig, new_state
 
 LIMITS = (1, 2, 4, 8)
 SETTINGS = TrainConfig(steps=3, batch_size=8, seq_len=64, warmup=1, gamma=0.01)
-TIMEOUT = 120
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Spread:
     """What came out; numbers are fp64, 8 bytes, so that no near tie is routed two ways."""
 
     sent: dict[int, Tensor]
-    """By limit: bytes dispatched from node (row) to node (column), by MoE layer: (L, R, R)."""
+    """By limit: bytes dispatched from node (row) to node (column), by MoE layer: (layers, R, R)."""
     experts: list[int]
     """Bytes of routed experts that each process holds."""
     rest: list[int]
@@ -72,19 +71,27 @@ def batch(step: int) -> Tensor:
     return torch.randint(2048, (8, 65), generator=torch.Generator().manual_seed(1000 + step))
 
 
-def spread(ranks: int = 4) -> Spread:
-    """Run it on so many processes of this machine. Raises RuntimeError with what they printed."""
+def spread(ranks: int = 4, timeout: float = 120) -> Spread:
+    """Run it on so many processes of this machine, for ``timeout`` seconds at most.
+
+    Raises RuntimeError with what they printed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spread.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
         command += ["-m", "dsv3_mini.course.spread", str(path)]
-        done = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=TIMEOUT, text=True,
+        job = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{ranks} processes did not finish:\n{done.stdout[-3000:]}")
+        try:
+            said, _ = job.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            job.terminate()  # torchrun passes it on to its processes
+            said, _ = job.communicate()
+        if job.returncode:
+            raise RuntimeError(f"{ranks} processes did not finish:\n{said[-3000:]}")
         return Spread(**torch.load(path, weights_only=True))
 
 
@@ -94,16 +101,18 @@ def main(path: str) -> None:
     sent = {limit: _dispatch(limit, mesh) for limit in LIMITS}
     whole = model(LIMITS[-1])
     parallel.parallelize(whole, mesh)
-    held = torch.zeros(2, mesh.size(), dtype=torch.int64)
+    experts_R, rest_R = torch.zeros(2, mesh.size(), dtype=torch.int64)
     for name, parameter in whole.named_parameters():
         assert isinstance(parameter, DTensor)
-        held[int(".experts." not in name), mesh.get_rank()] += parameter.to_local().nbytes
-    dist.all_reduce(held)
+        held_R = experts_R if ".experts." in name else rest_R
+        held_R[mesh.get_rank()] += parameter.to_local().nbytes
+    dist.all_reduce(experts_R)
+    dist.all_reduce(rest_R)
     state = new_state(whole, SETTINGS)
     steps = [parallel.train_step(whole, state, SETTINGS, [batch(n)]) for n in range(SETTINGS.steps)]
     if mesh.get_rank() == 0:
         found = {"sent": sent, "losses": [step.loss for step in steps]}
-        torch.save({**found, "experts": held[0].tolist(), "rest": held[1].tolist()}, path)
+        torch.save({**found, "experts": experts_R.tolist(), "rest": rest_R.tolist()}, path)
     parallel.stop()
 
 

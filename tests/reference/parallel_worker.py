@@ -214,6 +214,9 @@ def errors(mesh: DeviceMesh, folder: Path) -> object:
     attempts: dict[str, Callable[[], object]] = {
         "experts": lambda: parallel.parallelize(model(odd), mesh),
         "twice": lambda: parallel.parallelize(whole, mesh),
+        "batch-wise loss": lambda: parallel.train_step(
+            whole, state, replace(SETTINGS, alpha_batch=0.1), [torch.zeros(4, 17).long()]
+        ),
         "batch": lambda: parallel.train_step(
             whole, state, SETTINGS, [torch.zeros(3, 17, dtype=torch.int64)]
         ),
@@ -238,6 +241,7 @@ def _joins(folder: Path, mesh: DeviceMesh) -> dict[str, Callable[[], object]]:
     def join(name: str, settings: TrainConfig = SETTINGS) -> ParallelRun:
         return ParallelRun.join(folder / name, TINY, settings, corpus(), mesh)
 
+    join("run", replace(SETTINGS, seed=7))  # never saved, so other settings may follow
     join("run").save()
     join("damaged").save()
     if dist.get_rank() == 0:
