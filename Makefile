@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help lab test notebooks exercises figures clean
+.PHONY: help lab test notebooks exercises index figures clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
@@ -24,6 +24,10 @@ notebooks: .venv/.ready ## re-execute every notebook in place, ready to commit
 
 exercises: .venv/.ready ## write the student's notebooks from those with solutions
 	$(RUN) -m dsv3_mini.course.hand_out
+
+index: .venv/.ready ## write docs/equations.md, and which cell settles each claim
+	$(RUN) -m dsv3_mini.course.equations --write
+	$(RUN) -m dsv3_mini.course.settled --write
 
 figures: .venv/.ready ## redraw everything in figures/
 	$(RUN) -m dsv3_mini.viz.figures

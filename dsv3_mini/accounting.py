@@ -47,7 +47,7 @@ class Parameters:
 
 
 def attention_parameters(config: ModelConfig) -> int:
-    """Weights of one attention layer, the norms on its latents included (report eqs 1-11)."""
+    """Weights of one attention layer, the norms on its latents included (eqs 1-11)."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     output = heads * config.v_head_dim * hidden
     if config.attention == "gqa":

@@ -61,7 +61,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.v_head_dim, hidden, bias=False)
 
     def queries(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
-        """q^C (B, H, T, N) and the rotated q^R (B, H, T, R), from the query latent: eqs 6-9."""
+        """q^C (B, H, T, N) and the rotated q^R (B, H, T, R), made from c^Q: report eqs 6-8."""
         if self.config.q_lora_rank is None:
             q = self.q_proj(x_BTD)
         else:
@@ -72,7 +72,7 @@ class MultiHeadLatentAttention(nn.Module):
         return q_nope_BHTN, apply_rope(q_rope_BHTR, cos_TR, sin_TR)
 
     def latents(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
-        """What is cached: the normalised c^KV and the rotated k^R beside it, (B, T, K): eqs 1, 3.
+        """What is cached: the normalised c^KV and the rotated k^R, (B, T, K): report eqs 1, 3.
 
         k^R comes straight from the hidden state, is not normalised, and has no head dimension.
         """
@@ -82,7 +82,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((self.kv_a_layernorm(c_kv_BTC), k_rope_BTR), dim=-1)
 
     def expand(self, latent_BSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Every head's key (B, H, S, N + R) and value (B, H, S, V): eqs 2, 4, 5."""
+        """Every head's key (B, H, S, N + R) and value (B, H, S, V): report eqs 2, 4, 5."""
         nope, value = self.config.qk_nope_head_dim, self.config.v_head_dim
         c_kv_BSC = latent_BSK[..., : self.config.kv_lora_rank]
         k_rope_B1SR = latent_BSK[..., self.config.kv_lora_rank :].unsqueeze(1)
@@ -92,7 +92,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((k_nope_BHSN, k_rope_BHSR), dim=-1), v_BHSV
 
     def absorbed(self, q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, latent_BSK: Tensor) -> Tensor:
-        """Attention on the latents themselves, (B, H, T, V): DeepSeek-V2 2.1.2 and appendix C."""
+        """Report eq 10 on the latents themselves, (B, H, T, V): DeepSeek-V2 2.1.2, appendix C."""
         nope, value = self.config.qk_nope_head_dim, self.config.v_head_dim
         w_HXC = self.kv_b_proj.weight.unflatten(0, (-1, nope + value))
         w_uk_HNC, w_uv_HVC = w_HXC.split([nope, value], dim=1)
@@ -112,7 +112,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: Cache | None = None,
         layer: int = 0, absorb: bool | None = None, fused: bool = True,
     ) -> Tensor:  # fmt: skip
-        """(B, T, D) to (B, T, D): eqs 1-11.
+        """(B, T, D) to (B, T, D): report eqs 1-11.
 
         ``absorb`` picks the path, None the cheaper one. With a KVCache the expanded keys and
         values are stored (71.1 times the latent at V3's sizes), and only the naive path exists.

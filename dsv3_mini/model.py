@@ -158,7 +158,7 @@ class Transformer(nn.Module):
 
         ``hidden`` are the main model's next T states, ``following`` the tokens right after each.
         The caller keeps both in step: speculation knows which states were verified, and a plain
-        ``mtp=True`` does not. Source: report 2.2, eqs 21-23.
+        ``mtp=True`` does not. Source: report 2.2.
         """
         inner = cache.mtp[0]
         new = following_BT.shape[1]

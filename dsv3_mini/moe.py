@@ -153,7 +153,7 @@ class Experts(nn.Module):
         return x.dtype in (torch.float32, torch.bfloat16) and rows >= self.gate_proj.shape[0]
 
     def dense(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """The same by brute force, as eq 12 reads: every expert on every token, most gates zero."""
+        """Report eq 12 by brute force: every expert on every token, most gates zero."""
         gates_NE = x_ND.new_zeros(x_ND.shape[0], self.gate_proj.shape[0])
         gates_NE = gates_NE.scatter(1, indices_NK, weights_NK.to(x_ND.dtype))
         every = [self.one(e, x_ND) * gates_NE[:, e, None] for e in range(gates_NE.shape[1])]

@@ -146,7 +146,7 @@ def train_step(
     """One optimizer step on micro-batches of tokens (B, T + 1); moves the biases once, at the end.
 
     ``rule`` makes the next bias of a layer from the present one, its load and gamma.
-    Source: report 4.2 and eqs 16, 17, 24, 25.
+    Source: report eq 25, and 2.1.2 for the biases; the settings are those of 4.2.
     """
     began = time.perf_counter()
     model.train()

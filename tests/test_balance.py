@@ -127,6 +127,7 @@ def random_routing(seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_sequence_loss_and_gradient(seed: int) -> None:
+    """Report eqs 17-20 with explicit sums, and their gradient by differences."""
     scores, indices = random_routing(seed)
     scores.requires_grad_()
     ours, slow = sequence_balance_loss(scores, indices, 0.3), loop_loss(scores, indices, 0.3)
@@ -176,7 +177,7 @@ def test_all_on_one_expert_by_hand() -> None:
 
 
 def test_affinities_are_normalised_over_all_experts() -> None:
-    """Scaling a token's affinities changes nothing; so P is s', and not s nor the gate weight."""
+    """Report eq 19: scaling a token's affinities changes nothing; so P is s', not s or the gate."""
     scores, indices = random_routing(3)
     factors = torch.rand(*scores.shape[:2], 1, dtype=torch.float64) + 0.5
     one, two = (sequence_balance_loss(s, indices) for s in (scores, scores * factors))
@@ -204,7 +205,7 @@ def test_batch_loss_is_one_long_sequence(seed: int) -> None:
 
 
 def test_the_model_counts_the_best_raw_scores() -> None:
-    """Eq 18 tests without the bias: summed over MoE layers, MTP's too, alpha left to the caller."""
+    """Report eqs 17-20 without the bias, summed over MoE layers, MTP's too, before alpha."""
     model = oracles.shaken(ModelConfig.tiny().replace(num_hidden_layers=3)).double()
     for gate in model.gates:
         gate.e_score_correction_bias[:4] = 0.5

@@ -155,6 +155,7 @@ def inputs(
 def test_attention(
     shape: tuple[int, int], widths: tuple[int, int], heads: tuple[int, int], fused: bool
 ) -> None:
+    """Report eq 10, one query at a time."""
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-13)):
         q, k, v = inputs(shape, widths, heads, dtype)
         out = attend(q, k, v, 0.37, fused)

@@ -52,6 +52,7 @@ def run(
 @pytest.mark.parametrize(("absorb", "fused"), PATHS)
 @SEEDS
 def test_equations_1_to_11(seed: int, absorb: bool, fused: bool) -> None:
+    """Report eqs 1-11, one head and one position at a time, against every path."""
     config = some_config(seed)
     attention = some_attention(config, seed)
     x = torch.randn(2, 10, config.hidden_size)

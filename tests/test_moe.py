@@ -53,7 +53,7 @@ def weight_of(routing: Routing, b: int = 0, t: int = 0) -> dict[int, float]:
 
 @SEEDS
 def test_router_against_a_loop(seed: int) -> None:
-    """Sigmoid, bias for choice only, top-two group sums, raw gates, normalised, scaled."""
+    """Report eqs 13-16: sigmoid, biased choice, top-two group sums, raw gates, normalised."""
     config = oracles.small_config(seed)
     gate = some_gate(config, seed)
     x = torch.randn(2, 40, config.hidden_size)
@@ -69,7 +69,7 @@ def test_router_against_a_loop(seed: int) -> None:
 
 
 def test_the_bias_chooses_and_does_not_count() -> None:
-    """0.4 beats 0.9 with the help of its bias, and still counts as 0.4."""
+    """Report eq 16: 0.4 beats 0.9 with the help of its bias, and still counts as 0.4."""
     scores, bias = [0.9, 0.4, 0.3, 0.8], [-0.6, 0.2, 0.0, 0.0]
     _, routing = hand_made(scores, bias, n_group=1, topk_group=1, num_experts_per_tok=2)
     assert chosen(routing) == [1, 3]
@@ -108,12 +108,14 @@ def test_a_masked_expert_never_wins() -> None:
 
 
 def test_no_group_limit_is_plain_top_k() -> None:
+    """Report eq 14: no bias, no limit, the K largest."""
     scores = [0.9, 0.1, 0.8, 0.1, 0.7, 0.1, 0.6, 0.1]
     _, routing = hand_made(scores, [0] * 8, n_group=4, topk_group=4, num_experts_per_tok=3)
     assert chosen(routing) == [0, 2, 4]
 
 
 def test_weights_sum_to_the_routed_factor() -> None:
+    """Report eq 13 by hand, and the factor that no equation has."""
     scores = [0.9, 0.6, 0.5, 0.2]
     same = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}
     _, routing = hand_made(scores, [0] * 4, **same)
@@ -133,7 +135,7 @@ def test_vanishing_affinities_do_not_divide_by_zero() -> None:
 
 
 def test_affinities_are_independent_sigmoids() -> None:
-    """Raising one expert's affinity leaves every other one's as it was (a softmax would not)."""
+    """Report eq 15: raising one affinity leaves all others as they were (no softmax would)."""
     config = ModelConfig.tiny()
     gate = some_gate(config, 0)
     x = torch.randn(1, 5, 32)
@@ -241,6 +243,7 @@ def loop(moe: MoE, x: Tensor) -> Tensor:
 
 @SEEDS
 def test_dispatch_against_equation_12(seed: int) -> None:
+    """Report eq 12 without its residual, token by token, against both dispatches."""
     config = oracles.small_config(seed)
     moe = some_moe(config, seed).requires_grad_(False)
     x = torch.randn(2, 11, config.hidden_size)

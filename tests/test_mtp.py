@@ -35,7 +35,7 @@ def some_tokens(length: int, batch: int = 2) -> Tensor:
 
 @DEPTHS
 def test_depth_k_reads_token_i_plus_k(depths: int) -> None:
-    """Position i, depth k: the embedding of t_{i+k} beside the state of depth k - 1 at i."""
+    """Report eq 21: at i, the embedding of t_{i+k} beside the state of depth k - 1."""
     model = chain(depths)
     seen: list[Tensor] = []
     states: list[Tensor] = []
@@ -83,6 +83,7 @@ def test_a_worked_example_of_the_targets() -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_chain_against_equations_21_to_23(seed: int) -> None:
+    """Report eqs 21-23, position by position and depth by depth."""
     config = oracles.small_config(seed, num_nextn_predict_layers=1 + seed % 2)
     model = oracles.shaken(config, seed)
     tokens = torch.randint(0, config.vocab_size, (2, 8))
@@ -135,7 +136,7 @@ def test_no_logit_sees_its_answer(attention: str, cached: bool) -> None:
 
 @DEPTHS
 def test_loss_and_gradient_against_a_loop(depths: int) -> None:
-    """Equation 24: T - k terms, divided by T; averaged over the batch."""
+    """Report eq 24: T - k terms, divided by T; averaged over the batch."""
     length, vocabulary = 6, 9
     tokens = torch.randint(0, vocabulary, (3, length + 1))
     logits = [

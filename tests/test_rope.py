@@ -34,6 +34,7 @@ def with_width(width: int, **changes: object) -> ModelConfig:
 
 @pytest.mark.parametrize("width", [2, 6, 16, 64])
 def test_adjacent_pairs_are_complex_numbers(width: int) -> None:
+    """The rotation of report eqs 3 and 8, by complex multiplication."""
     config = with_width(width)
     x = torch.randn(3, 2, 9, width, dtype=torch.float64)
     out = apply_rope(x, *rope_table(config, 0, 9, "cpu"))

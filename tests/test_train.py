@@ -61,6 +61,7 @@ def run(settings: TrainConfig, corpus: Corpus, seed: int = 0) -> tuple[Transform
 
 @pytest.mark.parametrize("clip", [0.05, 1e6])
 def test_three_steps_equal_a_loop_written_by_hand(clip: float) -> None:
+    """Report eq 25 added to the main loss; AdamW and the step of the biases written out."""
     settings = changed(clip=clip)
     config = TINY.replace(num_nextn_predict_layers=2)
     ours, theirs = exact_model(config), exact_model(config)
