@@ -36,7 +36,7 @@ def device() -> str:
     raise ConfigError(f"DSV3_DEVICE is {name!r}; expected 'cpu', or 'cuda' where torch sees a card")
 
 
-def build(
+def build_on(
     device: str, kind: Callable[..., M], *arguments: object, dtype: torch.dtype = torch.bfloat16
 ) -> M:
     """``kind(*arguments)`` on ``device``, ready for a forward pass: no gradients, random matrices.

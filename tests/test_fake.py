@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv3_mini import ModelConfig, Transformer, model
 from dsv3_mini.course.fake import fake
+from dsv3_mini.environment import build_on
 from dsv3_mini.moe import Experts
 from dsv3_mini.rope import rope_table
 
@@ -19,10 +20,8 @@ FEW = ModelConfig.v3().replace(num_hidden_layers=3, first_k_dense_replace=1)
 
 @pytest.fixture
 def v3() -> Iterator[Transformer]:
-    with torch.device("meta"):
-        full = Transformer(FEW).bfloat16()
-    with fake(full), torch.no_grad():
-        yield full
+    with fake():
+        yield build_on("cuda", Transformer, FEW)
 
 
 def tokens(count: int, batch: int = 2) -> Tensor:
@@ -38,7 +37,7 @@ def test_forward_with_mtp(v3: Transformer, monkeypatch: pytest.MonkeyPatch) -> N
         assert out.logits.device.type == out.mtp_logits[0].device.type == "cuda"
         assert out.logits.dtype == torch.bfloat16
         assert out.router_counts.shape == (3, 256)
-    assert v3.lm_head.weight is v3.model.layers[3].shared_head.head.weight
+    assert v3.lm_head.weight is v3.get_parameter("model.layers.3.shared_head.head.weight")
     assert v3.gates[0].e_score_correction_bias.dtype == torch.float32
 
 

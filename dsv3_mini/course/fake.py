@@ -1,9 +1,12 @@
-"""A model on a card that is not there: shapes, dtypes and devices run, numbers do not.
+"""A card that is not there: shapes, dtypes and devices run, numbers do not.
 
 Why: 671B parameters fit on no laptop, but a wrong shape or a tensor left on the CPU shows without a
 single number. torch's fake tensors carry shape, dtype and device through every operation and refuse
 to mix devices. What they cannot show: numbers, time, memory in use, and (without CUDA in torch) a
 backward pass.
+
+Make tensors on the device that they belong to, ``torch.zeros(1, 8, device="cuda")``, and modules by
+``environment.build_on``: ``.to("cuda")`` needs a torch that was built with CUDA.
 """
 
 from __future__ import annotations
@@ -19,31 +22,19 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
-def fake(model: nn.Module, device: str = "cuda") -> Iterator[nn.Module]:
-    """Inside, the parameters and buffers of ``model`` (on the meta device) are fake on ``device``.
+def fake() -> Iterator[None]:
+    """Every tensor that is made inside is fake, on the CPU and on cuda; gradients are off.
 
-    Tensors made inside are fake as well: ``torch.zeros(1, 8, dtype=torch.int64, device="cuda")``.
+    A question that only numbers could answer, ``bool(x.isfinite().all())``, is answered yes, so
+    that checks of values pass. Reading a number (``item``, ``tolist``) raises.
     """
-    made: dict[Tensor, Tensor] = {}
-
-    def stand_in(tensor: Tensor) -> Tensor:
-        if tensor not in made:  # what is shared stays shared
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            parameter = isinstance(tensor, nn.Parameter)
-            made[tensor] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
-        return made[tensor]
-
-    with FakeTensorMode(), _Named():
-        for module in model.modules():
-            for store in (module._parameters, module._buffers):
-                for name, tensor in store.items():
-                    if tensor is not None:
-                        store[name] = stand_in(tensor)  # type: ignore[assignment]
-        yield model
+    # Recorded for a backward pass, a cuda tensor would end the process: torch looks for a card.
+    with torch.no_grad(), FakeTensorMode(), _Named():
+        yield
 
 
 class _Named(TorchFunctionMode):
-    """``x[...]`` and ``~x`` by named operations: built without CUDA, torch's own want a card."""
+    """What torch, built without CUDA, would ask a card for, by operations that do not."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -55,6 +46,10 @@ class _Named(TorchFunctionMode):
             return torch.ops.aten.copy_(_take(x, key), value)
         if func is Tensor.__invert__:
             return torch.bitwise_not(*args)
+        if func is Tensor.__bool__:
+            return True
+        if func is nn.init.kaiming_uniform_:  # how an nn.Linear begins; there are no numbers
+            return kwargs["tensor"]
         return func(*args, **(kwargs or {}))
 
 

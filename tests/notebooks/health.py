@@ -20,6 +20,7 @@ from tests.environment import ROOT
 MAX_CELLS = 40
 MAX_LINES = 15
 MIN_STRICT_SHARE = 0.60
+FULL_WIDTH = "full-width"
 UNCOMPARED_TAGS = {"nbval-ignore-output", "nbval-skip"}
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -55,6 +56,11 @@ def comparison(notebook: Notebook) -> tuple[int, int, int]:
     strict = [cell for cell in with_outputs if not tags(cell) & UNCOMPARED_TAGS]
     pictures = [c for c in strict if any("image/png" in o.get("data", {}) for o in c.outputs)]
     return len(with_outputs), len(strict), len(pictures)
+
+
+def full_width_cells(notebook: Notebook) -> list[Notebook]:
+    """The cells that tests/test_full_width.py runs at V3's width, on a card that is not there."""
+    return [cell for _, cell in code_cells(notebook) if FULL_WIDTH in tags(cell)]
 
 
 def opens_with_title(notebook: Notebook) -> list[str]:
@@ -122,6 +128,23 @@ def asserts_what_is_not_compared(notebook: Notebook) -> list[str]:
     return wrong
 
 
+def runs_its_full_width(notebook: Notebook) -> list[str]:
+    """'At full width' follows DSV3_SCALE and DSV3_DEVICE in a cell that a test runs at V3's width.
+
+    A notebook without such a part (whose whole subject is the width, say) needs no such cell.
+    """
+    headings = [c.source for c in notebook.cells if c.cell_type == "markdown"]
+    cells = full_width_cells(notebook)
+    if any(re.search(r"^## At full width$", text, re.M) for text in headings) and not cells:
+        return [
+            "the part 'At full width' has no cell tagged full-width: tag the one that takes "
+            "scale() and device() and needs the first code cell's imports only"
+        ]
+    if any(tags(cell) & UNCOMPARED_TAGS for cell in cells):
+        return ["a full-width cell is not compared: print shapes and bytes, measure in the next"]
+    return []
+
+
 def uses_tags_for_nbval(notebook: Notebook) -> list[str]:
     marked = [n for n, c in code_cells(notebook) if re.search(r"^\s*#+\s*NBVAL_", c.source, re.M)]
     return [f"cell {n} has an NBVAL_ comment: use a cell tag, which is counted" for n in marked]
@@ -171,6 +194,7 @@ RULES: list[Rule] = [
     has_only_expected_errors,
     is_mostly_compared,
     asserts_what_is_not_compared,
+    runs_its_full_width,
     uses_tags_for_nbval,
     is_free_of_machine_paths,
     is_free_of_build_strings,

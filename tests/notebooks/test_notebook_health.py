@@ -24,6 +24,7 @@ def test_notebook_keeps_the_rules(path: Path) -> None:
     assert not wrong, f"{path.name}:\n  " + "\n  ".join(wrong)
 
 
+IGNORED = "nbval-ignore-output"
 KERNEL = {"name": "python3", "display_name": "Python 3"}
 
 
@@ -81,7 +82,12 @@ def with_metadata(**metadata: object) -> nbformat.NotebookNode:
     return made
 
 
-IGNORED = "nbval-ignore-output"
+def uncompared_full_width() -> nbformat.NotebookNode:
+    made = notebook(new_markdown_cell("## At full width"), cell("time()", tag=health.FULL_WIDTH))
+    made.cells[2].metadata["tags"].append(IGNORED)
+    return made
+
+
 BAD = {
     "no cell at all": (health.opens_with_title, new_notebook()),
     "a title too small": (health.opens_with_title, new_notebook(cells=[new_markdown_cell("## A")])),
@@ -109,6 +115,11 @@ BAD = {
         health.asserts_what_is_not_compared,
         notebook(cell("t()", tag=IGNORED), cell("assert x", tag="nbval-skip")),
     ),
+    "a full width that nothing runs": (
+        health.runs_its_full_width,
+        notebook(new_markdown_cell("Text.\n\n## At full width\n\nMore."), cell("layer(x)")),
+    ),
+    "a full width that is not compared": (health.runs_its_full_width, uncompared_full_width()),
     "a comment for nbval": (
         health.uses_tags_for_nbval,
         notebook(cell("# NBVAL_IGNORE_OUTPUT\nt()")),
