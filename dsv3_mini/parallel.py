@@ -265,6 +265,7 @@ def save(folder: str | os.PathLike[str], model: Transformer, state: TrainState) 
 def load(folder: str | os.PathLike[str], model: Transformer, state: TrainState) -> None:
     """Put what ``save`` wrote into a parallel model and its fresh state. Raises ValueError.
 
+    Load only your own saves: the index of torch.distributed.checkpoint is a pickle.
     With equally many ranks, on a CPU, training goes on bit for bit as if it had never stopped.
     Another number of ranks can load it, too.
     """
