@@ -129,6 +129,10 @@ def turn_halves(x_TR: Tensor, angle_TP: Tensor) -> Tensor:
     return turn(pairs_TR, angle_TP).unflatten(-1, (-1, 2)).mT.flatten(-2)
 
 
+def turn_sorted(x_TR: Tensor, angle_TP: Tensor) -> Tensor:
+    return turn(x_TR, angle_TP).unflatten(-1, (-1, 2)).mT.flatten(-2)
+
+
 def turn_start(x_TC: Tensor, angle_TP: Tensor) -> Tensor:
     turned, rest = x_TC.tensor_split([2 * angle_TP.shape[1]], dim=1)
     return torch.cat((turn(turned, angle_TP), rest), dim=1)
@@ -182,6 +186,8 @@ REMEMBER = Exercise(
               "the latent is turned too; position belongs to the rotary key alone", 3),
         Wrong(keeping(lambda c, k, g, a: (norm(c) * g, turn_halves(k, a))),
               "number i is paired with i + R/2; the checkpoint's pairs are neighbours", 7),
+        Wrong(keeping(lambda c, k, g, a: (norm(c) * g, turn_sorted(k, a))),
+              "all a come first and then all b; each pair stays at its two places", 7),
         Wrong(keeping(lambda c, k, g, a: (norm(c) * g, turn(k, -a))),
               "the pairs are turned backwards: (a cos - b sin, a sin + b cos) turns forwards"),
     ),
