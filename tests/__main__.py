@@ -24,7 +24,8 @@ COMMANDS = {
     "lint": ["ruff", "check", "."],
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
-    "tests": ["pytest", "tests"],
+    # Two processes, a file in one of them: its tests share what it made.
+    "tests": ["pytest", "tests", "-n", "2", "--dist", "loadfile"],
     # A test writes the student's notebooks anew, runs them and compares: not twice.
     "notebooks": ["pytest", "--nbval", "notebooks", "--ignore=notebooks/exercises"],
 }
