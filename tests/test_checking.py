@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -224,3 +225,9 @@ def test_a_long_reply_is_broken_between_words(capsys: pytest.CaptureFixture[str]
 def test_an_unknown_identifier_is_refused(identifier: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         check(identifier, stub)
+
+
+@pytest.mark.parametrize("got", [3.0, -math.inf, math.nan])
+def test_only_infinity_equals_infinity(got: float) -> None:
+    assert difference(math.inf, got, 1e-4).startswith("expected inf, got")
+    assert not difference(math.inf, math.inf, 1e-4)

@@ -219,3 +219,14 @@ def test_kinds_of_drawings() -> None:
     assert [text.get_text() for text in figures[0].axes[0].texts] == ["3", "0.25"]
     every = [exercise(each) for each in EVERY]
     assert {each.picture(each.oracle).kind for each in every} <= set(DRAW)
+
+
+def test_every_published_mistake_has_a_message_of_its_own() -> None:
+    """26 of them are numbered; most are named by several wrong answers."""
+    wrong = [each for identifier in EVERY for each in exercise(identifier).wrong]
+    assert {each.mistake for each in wrong} - {None} == set(range(1, 27))
+
+
+def test_every_notebook_from_01_to_11_has_three_to_five() -> None:
+    assert list(notebooks()) == [f"{number:02d}" for number in range(1, 12)]
+    assert all(3 <= len(exercises(notebook)) <= 5 for notebook in notebooks())

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import random
 import re
 import textwrap
@@ -170,7 +171,7 @@ def difference(expected: Any, got: Any, tolerance: float) -> str:
         both = zip(expected, got, strict=True)
         pairs = [(f"value {n}: ", one, other) for n, (one, other) in enumerate(both, start=1)]
     elif isinstance(expected, float) and isinstance(got, int | float):
-        close = abs(got - expected) <= tolerance * (abs(expected) or 1.0)
+        close = math.isclose(got, expected, rel_tol=0, abs_tol=tolerance * (abs(expected) or 1.0))
         return "" if close or got == expected else f"expected {expected:.6g}, got {got:.6g}"
     elif type(expected) is not type(got):
         return f"expected {kind_of(expected)}, got {kind_of(got)}"
