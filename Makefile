@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help lab test notebooks exercises index figures clean
+.PHONY: help lab test notebooks exercises index figures site slides clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
@@ -31,6 +31,12 @@ index: .venv/.ready ## write docs/equations.md, and which cell settles each clai
 
 figures: .venv/.ready ## redraw everything in figures/
 	$(RUN) -m dsv3_mini.viz.figures
+
+site: .venv/.ready ## everything to read in a browser, without Python: build/site/index.html
+	$(RUN) -m sphinx -q -c docs -d build/doctrees . build/site
+
+slides: .venv/.ready ## a deck for each notebook: build/slides
+	$(RUN) -m sphinx -q -c docs -d build/doctrees -b slides . build/slides
 
 clean: ## remove .venv and all caches
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
