@@ -33,10 +33,10 @@ figures: .venv/.ready ## redraw everything in figures/
 	$(RUN) -m dsv3_mini.viz.figures
 
 site: .venv/.ready ## everything to read in a browser, without Python: build/site/index.html
-	$(RUN) -m sphinx -q -c docs -d build/doctrees . build/site
+	$(RUN) -m sphinx -q -W --keep-going -E -c docs -d build/doctrees . build/site
 
 slides: .venv/.ready ## a deck for each notebook: build/slides
-	$(RUN) -m sphinx -q -c docs -d build/doctrees -b slides . build/slides
+	$(RUN) -m sphinx -q -W --keep-going -E -c docs -d build/doctrees -b slides . build/slides
 
 clean: ## remove .venv and all caches
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,7 +1,9 @@
 """Settings of the site and of the slides. Both are built in the repository's root:
 
-    python -m sphinx -c docs -d build/doctrees . build/site
-    python -m sphinx -c docs -d build/doctrees -b slides . build/slides
+    python -m sphinx -q -W --keep-going -E -c docs -d build/doctrees . build/site
+    python -m sphinx -q -W --keep-going -E -c docs -d build/doctrees -b slides . build/slides
+
+-E reads all pages anew: a link may lead to a page that was not there before.
 
 Pages are the committed notebooks (never executed here), the Markdown files and the Python sources.
 Nothing is fetched, neither by the build nor by a page.

@@ -24,8 +24,9 @@ COMMANDS = {
     "lint": ["ruff", "check", "."],
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
-    # Two processes, a file in one of them: its tests share what it made.
-    "tests": ["pytest", "tests", "-n", "2", "--dist", "loadfile"],
+    # Two processes, a file in one of them, since its tests share what it made. By name: the
+    # browser's files, which take longest, then do not come last.
+    "tests": ["pytest", "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
     # A test writes the student's notebooks anew, runs them and compares: not twice.
     "notebooks": ["pytest", "--nbval", "notebooks", "--ignore=notebooks/exercises"],
 }
