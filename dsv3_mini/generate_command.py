@@ -9,16 +9,14 @@ it is on a CPU; it has not been run on GPUs.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dsv3_mini import parallel, speculative
+from dsv3_mini import job, parallel, speculative
 from dsv3_mini.checkpoint import load_pretrained
 from dsv3_mini.data import load_tokenizer
 from dsv3_mini.environment import device
@@ -41,23 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--draft", action="store_true", help="let the MTP module guess ahead")
     args = parser.parse_args(argv)
-    mesh = None
-    try:
-        if dist.is_torchelastic_launched():
-            mesh = parallel.start(device().split(":")[0])
-        said = _run(args, mesh)
-    except ValueError as error:
-        rank = 0 if mesh is None else mesh.get_rank()
-        print(f"rank {rank}: " * bool(rank) + f"error: {error}", file=sys.stderr)
-        return 2
-    if mesh is None or mesh.get_rank() == 0:
-        print(said)
-    if mesh is not None:
-        parallel.stop()
-    return 0
+    return job.run(lambda mesh: _run(args, mesh))
 
 
-def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> str:
+def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
     model = load_pretrained(args.folder, dtype=torch.float32, device=device(), mtp=args.draft)
     model.eval()
     tokenizer = None if args.prompt is None else _tokenizer(args.folder, model.config.vocab_size)
@@ -76,7 +61,10 @@ def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> str:
     else:
         tokens = generate(*rest)
     made: list[int] = tokens[0].tolist()
-    return (",".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)) + note
+    if job.speaks(mesh):
+        text = ",".join(map(str, made)) if tokenizer is None else tokenizer.decode(made)
+        print(text + note)
+    return 0
 
 
 def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer:

@@ -7,10 +7,8 @@ save (torch.distributed.checkpoint), and only rank 0 writes what there is one of
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,15 @@ from dsv3_mini import parallel
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import Corpus
 from dsv3_mini.model import Transformer
-from dsv3_mini.resume import PARALLEL, ResumeError, Run, find_saves, fingerprint, refuse_changes
+from dsv3_mini.resume import (
+    PARALLEL,
+    ResumeError,
+    Run,
+    find_saves,
+    fingerprint,
+    refuse_changes,
+    settings,
+)
 from dsv3_mini.train import Record, TrainConfig, new_state
 
 
@@ -40,7 +46,7 @@ class ParallelRun(Run):
         """
         folder, data = Path(folder), fingerprint(corpus)
         saves, about = find_saves(folder), folder / PARALLEL
-        wanted = {**dataclasses.asdict(config), **model_config.to_hf(), "data": data}
+        wanted = settings(model_config, config, data)
         if saves and not about.is_file():
             raise ResumeError(
                 f"{folder} was started by one process; go on without torchrun, or use another --out"
@@ -66,9 +72,7 @@ class ParallelRun(Run):
         """Write model, optimizer and step; drop older saves once this one is complete."""
         parallel.save(self.latest, self.model, self.state)
         if dist.get_rank() == 0:
-            for older in self.folder.glob("step-*"):
-                if older != self.latest:
-                    shutil.rmtree(older, ignore_errors=True)
+            self._drop_older()
 
     def log(self, record: Record) -> None:
         """Append one record to ``log.jsonl``, once for all ranks."""

@@ -98,7 +98,7 @@ class Run:
                 raise ValueError(f"its step is {saved['step']!r}")
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise ResumeError(f"{save} is damaged ({error}); delete it to start again") from None
-        wanted = {**dataclasses.asdict(config), **model_config.to_hf(), "data": data}
+        wanted = settings(model_config, config, data)
         refuse_changes(found, wanted, save.parent)
         model = load_pretrained(save, device=device)
         state = new_state(model, config)
@@ -126,13 +126,16 @@ class Run:
             }
             (beside / "train.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             replace_folder(beside, target)
-            for older in self.folder.glob("step-*"):
-                if older != target:
-                    shutil.rmtree(older, ignore_errors=True)
+            self._drop_older()
         except (OSError, SafetensorError) as error:
             raise ResumeError(f"cannot save into {self.folder} ({error})") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _drop_older(self) -> None:
+        for older in self.folder.glob("step-*"):
+            if older != self.latest:
+                shutil.rmtree(older, ignore_errors=True)
 
     def log(self, record: Record) -> None:
         """Append one record to ``log.jsonl``."""
@@ -171,6 +174,11 @@ def find_saves(folder: Path) -> list[Path]:
         if strange:
             raise ResumeError(f"{folder} holds {strange[:3]} and no run; choose a new folder")
     return saves
+
+
+def settings(model_config: ModelConfig, config: TrainConfig, data: str) -> dict[str, Any]:
+    """All that must be the same when a run is resumed, by name."""
+    return {**dataclasses.asdict(config), **model_config.to_hf(), "data": data}
 
 
 def refuse_changes(found: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:

@@ -16,14 +16,12 @@ import argparse
 import copy
 import dataclasses
 import signal
-import sys
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from tqdm import tqdm
 
-from dsv3_mini import parallel
+from dsv3_mini import job, parallel
 from dsv3_mini.checkpoint import save_pretrained
 from dsv3_mini.config import ConfigError, ModelConfig
 from dsv3_mini.data import load_corpus
@@ -54,19 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         about = f"(default {field.default})"
         parser.add_argument(flag, type=kind, default=field.default, help=about)
     args = parser.parse_args(argv)
-    mesh = None
-    try:
-        if dist.is_torchelastic_launched():
-            mesh = parallel.start(device().split(":")[0])
-        return _run(args, mesh)
-    except ValueError as error:
-        rank = 0 if mesh is None else mesh.get_rank()
-        print(f"rank {rank}: " * bool(rank) + f"error: {error}", file=sys.stderr)
-        return 2
+    return job.run(lambda mesh: _run(args, mesh))
 
 
 def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
-    first = mesh is None or mesh.get_rank() == 0  # of several processes, one speaks
+    first = job.speaks(mesh)
     if args.save_every < 1:
         raise ConfigError(f"--save-every is {args.save_every}; expected at least 1")
     if args.export is not None and args.export.exists() and any(args.export.iterdir()):
@@ -109,6 +99,4 @@ def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
             print(f"exported to {args.export}")
     if first:
         print(f"step {run.state.step} of {config.steps} saved in {run.latest}")
-    if mesh is not None:
-        parallel.stop()
     return 130 if stopped else 0

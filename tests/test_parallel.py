@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv3_mini import parallel
+from dsv3_mini.course.spread import torchrun
 from dsv3_mini.fp8 import convert_to_fp8
 from dsv3_mini.train import new_state, train, train_step
 from tests.environment import FIXED, ROOT
@@ -31,9 +31,7 @@ CLOSE = {"rtol": 0.0, "atol": 1e-9}  # after 20 steps of Adam, in float64
 
 def job(folder: Path, ranks: int, *tasks: str) -> subprocess.CompletedProcess[str]:
     """Run the tasks in a job of so many processes, on loopback and no longer than a minute."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
-    command += ["-m", "tests.reference.parallel_worker", str(folder), *tasks]
+    command = torchrun(ranks, "-m", "tests.reference.parallel_worker", str(folder), *tasks)
     environment = {**os.environ, **FIXED, "GLOO_SOCKET_IFNAME": "lo"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True,

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,12 @@ import torch
 from dsv3_mini import Transformer, generate_command, train_command
 from dsv3_mini.checkpoint import load_pretrained, save_pretrained
 from dsv3_mini.config import ModelConfig
+from dsv3_mini.course.spread import torchrun
 from dsv3_mini.course.trained import FOLDER as TRAINED
 from dsv3_mini.resume import PARALLEL, ResumeError, Run
 from tests.environment import FIXED, ROOT
 from tests.test_resume import SETTINGS, corpus
 
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-    *("--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m"),
-]
 TRAIN = [
     *("--preset", "tiny", "--steps", "12", "--save-every", "5", "--warmup", "2"),
     *("--batch-size", "4", "--seq-len", "16", "--characters", "4000"),
@@ -36,7 +32,7 @@ LIMIT = 90
 def begin(*words: str) -> subprocess.Popen[str]:
     """A job of two processes, in a process group of its own, as a shell begins it."""
     return subprocess.Popen(
-        [*TORCHRUN, *words], cwd=ROOT, env={**os.environ, **FIXED}, text=True,
+        torchrun(2, "-m", *words), cwd=ROOT, env={**os.environ, **FIXED}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
+CELL_TIMEOUT = 120
 SOLUTION = ("### BEGIN SOLUTION", "### END SOLUTION")
 HIDDEN = ("### BEGIN HIDDEN TESTS", "### END HIDDEN TESTS")
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # word for word nbgrader's
@@ -85,18 +86,28 @@ def hand_out(source: Path, target: Path) -> None:
     """
     notebook = student(nbformat.read(source, as_version=4))
     metadata = copy.deepcopy(notebook.metadata)
-    client = NotebookClient(
-        notebook, kernel_name="python3", timeout=120, record_timing=False, coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],  # else each kernel warns that it uses loopback TCP
-        resources={"metadata": {"path": str(target.parent)}},
-    )  # fmt: skip
-    client.execute()
+    run(notebook, target.parent)
     notebook.metadata = metadata  # without the interpreter's version
-    nbformat.validate(notebook)
-    beside = target.with_name(f".{target.name}.writing")
+    write(notebook, target)
+
+
+def run(notebook: NotebookNode, folder: Path) -> None:
+    """Execute all cells in place, as if started in ``folder``. CellExecutionError if one raises."""
+    NotebookClient(
+        notebook, kernel_name="python3", timeout=CELL_TIMEOUT, record_timing=False,
+        store_widget_state=False, coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # else each kernel warns that it uses loopback TCP
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()  # fmt: skip
+
+
+def write(notebook: NotebookNode, path: Path) -> None:
+    """Write beside ``path``, then rename, so that no half-written notebook can remain."""
+    beside = path.with_name(f".{path.name}.writing")
     try:
+        nbformat.validate(notebook)
         beside.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        os.replace(beside, target)
+        os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 

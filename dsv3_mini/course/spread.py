@@ -71,6 +71,15 @@ def batch(step: int) -> Tensor:
     return torch.randint(2048, (8, 65), generator=torch.Generator().manual_seed(1000 + step))
 
 
+def torchrun(ranks: int, *words: str) -> list[str]:
+    """The command for a job of so many processes of this machine, on loopback, that run ``words``.
+
+    ``words`` are what would follow python: '-m', a module, its arguments.
+    """
+    begin = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*begin, "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks), *words]
+
+
 def spread(ranks: int = 4, timeout: float = 120) -> Spread:
     """Run it on so many processes of this machine, for ``timeout`` seconds at most.
 
@@ -78,11 +87,9 @@ def spread(ranks: int = 4, timeout: float = 120) -> Spread:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spread.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
-        command += ["-m", "dsv3_mini.course.spread", str(path)]
         job = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+            torchrun(ranks, "-m", "dsv3_mini.course.spread", str(path)),
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:

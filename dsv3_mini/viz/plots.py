@@ -85,11 +85,7 @@ def dots(
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         if bar is not None:
             axes.set_ylim(top=max(axes.get_ylim()[1], bar[1] * (2 if logy else 1.1)))
-            axes.axhline(bar[1], color=COLOURS[3], linestyle="--", linewidth=1.2)
-            axes.annotate(
-                bar[0], (1, bar[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", ha="right", fontsize=9,
-            )  # fmt: skip
+            _level(axes, *bar, COLOURS[3])
         axes.set_xticks(range(len(groups)), list(groups))
         axes.set_xlim(-0.6, len(groups) - 0.4)
         axes.set(ylabel=ylabel, title=title)
@@ -124,17 +120,21 @@ def stacks(
                 ha="center", fontsize=10, fontweight="bold",
             )  # fmt: skip
         if bar is not None:
-            axes.axhline(bar[1], color=COLOURS[1], linestyle="--", linewidth=1.4)
-            axes.annotate(
-                bar[0], (1, bar[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                textcoords="offset points", ha="right", fontsize=9,
-            )  # fmt: skip
+            _level(axes, *bar, COLOURS[1])
         axes.set_xticks(range(len(columns)), list(columns))
         axes.set_ylim(top=max(highest, bar[1] if bar else 0) * 1.12)
         axes.set(ylabel=ylabel, title=title)
         axes.grid(axis="x", visible=False)
         axes.legend(loc="upper right", reverse=True, frameon=False, bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def _level(axes: Axes, name: str, height: float, colour: str) -> None:
+    axes.axhline(height, color=colour, linestyle="--", linewidth=1.2)
+    axes.annotate(
+        name, (1, height), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", ha="right", fontsize=9,
+    )  # fmt: skip
 
 
 def heatmaps(

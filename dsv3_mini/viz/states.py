@@ -8,7 +8,7 @@ than a slider over images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,6 +173,7 @@ def balance_states() -> States:
     return States("step", note, alt, SWITCH // 30, states)
 
 
+# By the name of the explorer's class, which a notebook's output begins with.
 MAKERS: dict[str, Callable[[], States]] = {
     "ConfigExplorer": config_states,
     "MLAExplorer": mla_states,
@@ -182,8 +183,3 @@ MAKERS: dict[str, Callable[[], States]] = {
     "LiveBalance": balance_states,
     "Fp8Explorer": fp8_states,
 }
-
-
-def all_states(names: Iterable[str] = MAKERS) -> dict[str, States]:
-    """The states of each explorer, by the name of its class."""
-    return {name: MAKERS[name]() for name in names}

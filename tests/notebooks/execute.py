@@ -17,12 +17,11 @@ from pathlib import Path
 
 import nbformat
 from jupyter_client.kernelspec import KernelSpecManager
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from dsv3_mini.course.hand_out import run, write
 from tests.environment import NOTEBOOKS, ROOT, for_kernels, notebook_paths
 
-CELL_TIMEOUT = 120
 PYTHON_NAMES = {"python", "python3", f"python3.{sys.version_info.minor}", sys.executable}
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -40,17 +39,7 @@ def execute(path: Path) -> int:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    client = NotebookClient(
-        notebook,
-        kernel_name="python3",
-        timeout=CELL_TIMEOUT,
-        record_timing=False,
-        store_widget_state=False,
-        coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],  # else each kernel warns that it uses loopback TCP
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    client.execute()
+    run(notebook, path.parent)
     clean(notebook)
     write(notebook, path)
     return sum(cell.cell_type == "code" for cell in notebook.cells)
@@ -78,17 +67,6 @@ def relative_paths(line: str) -> str:
         for written in (folder, folder.replace(home, "~", 1)):
             line = line.replace(written.rstrip("/") + "/", name)
     return line.replace(home + "/", "~/") if len(home) > 1 else line
-
-
-def write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Write beside ``path``, then rename, so that no half-written notebook can remain."""
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        nbformat.validate(notebook)
-        beside.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def check_kernel() -> None:
