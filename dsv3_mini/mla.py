@@ -97,12 +97,12 @@ class MultiHeadLatentAttention(nn.Module):
         w_HXC = self.kv_b_proj.weight.unflatten(0, (-1, nope + value))
         w_uk_HNC, w_uv_HVC = w_HXC.split([nope, value], dim=1)
         q_BHTK = torch.cat((q_nope_BHTN @ w_uk_HNC, q_rope_BHTR), dim=-1)
+        q_BHTK = q_BHTK * softmax_scale(self.config)  # fewer numbers than the logits
         heads, new, seen = q_BHTK.shape[1], q_BHTK.shape[2], latent_BSK.shape[1]
         # One key for all heads: heads and tokens are the rows of a single product.
-        logits = (q_BHTK.flatten(1, 2) @ latent_BSK.mT) * softmax_scale(self.config)
-        logits_BHTS = logits.unflatten(1, (heads, new))
+        logits_BHTS = (q_BHTK.flatten(1, 2) @ latent_BSK.mT).unflatten(1, (heads, new))
         if new > 1:
-            hidden = ~causal_mask(new, seen, logits.device)
+            hidden = ~causal_mask(new, seen, q_BHTK.device)
             logits_BHTS = logits_BHTS.masked_fill(hidden, float("-inf"))
         weights = logits_BHTS.softmax(dim=-1).flatten(1, 2)
         mean_BHTC = (weights @ latent_BSK[..., : w_uk_HNC.shape[-1]]).unflatten(1, (heads, new))

@@ -81,10 +81,10 @@ class Gate(nn.Module):
         with torch.no_grad():
             choice_BTE = scores_BTE + self.e_score_correction_bias
             if config.topk_group < config.n_group:
-                keep_BTG = self.groups(choice_BTE)
-                keep_BTE = keep_BTG.repeat_interleave(config.n_routed_experts // config.n_group, -1)
+                drop_BTG1 = ~self.groups(choice_BTE)[..., None]
+                by_group = choice_BTE.unflatten(-1, (config.n_group, -1))
                 # Not 0: with negative biases a masked expert at 0 would win.
-                choice_BTE = choice_BTE.masked_fill(~keep_BTE, float("-inf"))
+                choice_BTE = by_group.masked_fill(drop_BTG1, float("-inf")).flatten(-2)
             indices_BTK = choice_BTE.topk(config.num_experts_per_tok, dim=-1).indices
         weights_BTK = scores_BTE.gather(-1, indices_BTK)
         if config.norm_topk_prob:
@@ -112,7 +112,9 @@ class Experts(nn.Module):
 
     def one(self, expert: int, x_ND: Tensor) -> Tensor:
         """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D)."""
-        return self._swiglu(x_ND, *(weight[expert] for weight in self.parameters()))
+        return self._swiglu(
+            x_ND, self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert]
+        )
 
     def _swiglu(self, x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
         inner_NF = F.silu(self.linear(x_ND, gate_FD)) * self.linear(x_ND, up_FD)
@@ -121,12 +123,17 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token through its K experts, weighted and summed: (N, D). Sorted by expert."""
         flat = indices_NK.flatten()
+        if len(x_ND) == 1 and not self._can_group(x_ND, len(flat)):
+            # Decoding: nothing to sort, and what is not launched costs nothing.
+            return weights_NK.to(x_ND.dtype) @ torch.cat([self.one(e, x_ND) for e in flat.tolist()])
         order = flat.argsort(stable=True)
-        token = order // indices_NK.shape[1]
         counts_E = _count(flat, self.gate_proj.shape[0])
         run = self.grouped if self._can_group(x_ND, len(flat)) else self.in_turn
-        gates = weights_NK.flatten()[order, None].to(x_ND.dtype)
-        return torch.zeros_like(x_ND).index_add(0, token, run(x_ND[token], counts_E) * gates)
+        out_RD = run(x_ND.index_select(0, order // indices_NK.shape[1]), counts_E)
+        # order[r] says which choice row r is, its inverse in which row a choice lies.
+        row_NK = order.argsort().view_as(indices_NK)
+        gates_NK = weights_NK.to(x_ND.dtype)
+        return F.embedding_bag(row_NK, out_RD, per_sample_weights=gates_NK, mode="sum")
 
     def in_turn(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert through one expert after the other; those without rows rest."""
