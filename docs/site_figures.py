@@ -2,7 +2,8 @@
 
 A notebook's PNG carries no alt text, but its cell says in print what the figure shows, or its axes
 and title do. In this order: a line that begins with 'Figure:' or holds 'what it should look like:'
-(to the end of its sentence); a X Whatever is found stays visible in the page as well.
+(to the end of its sentence); a line that is a whole sentence; the words of the call that draws, and
+the section. Whatever is found stays visible in the page as well.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import tomllib
 from typing import Any
 
 import pytest
@@ -71,3 +72,13 @@ def test_binder_gets_the_versions_of_the_committed_outputs() -> None:
     for name in ("requirements.txt", "constraints.txt"):
         assert f" ../{name}" in binder
         assert (ROOT / name).is_file()
+
+
+def test_colab_installs_the_ranges_of_everybody_else() -> None:
+    """Four packages that notebooks import; JupyterLab, tests and the site are not needed there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    extra = project["optional-dependencies"]["notebooks"]
+    assert len(extra) == 4
+    for line in [*project["dependencies"], *extra]:
+        assert re.search(rf"^{re.escape(line)} ", required, re.M), line

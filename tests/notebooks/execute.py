@@ -21,6 +21,8 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 
 from dsv3_mini.course.hand_out import run, write
 from tests.environment import NOTEBOOKS, ROOT, for_kernels, notebook_paths
+from tests.notebooks.fingerprint import KEY, fingerprint
+from tests.notebooks.health import put_install_cell
 
 PYTHON_NAMES = {"python", "python3", f"python3.{sys.version_info.minor}", sys.executable}
 METADATA = {
@@ -36,11 +38,13 @@ def execute(path: Path) -> int:
     Raises CellExecutionError where a cell raised unexpectedly; the file is then unchanged.
     """
     notebook = nbformat.read(path, as_version=4)
+    put_install_cell(notebook)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     run(notebook, path.parent)
     clean(notebook)
+    notebook.metadata[KEY] = fingerprint(notebook)
     write(notebook, path)
     return sum(cell.cell_type == "code" for cell in notebook.cells)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,18 @@ from typing import Any
 import nbformat
 
 from tests.environment import ROOT
+from tests.notebooks import fingerprint
 
 MAX_CELLS = 40
 MAX_LINES = 15
 MIN_STRICT_SHARE = 0.60
 FULL_WIDTH = "full-width"
+INSTALL = "install"
+INSTALL_SOURCE = """# On Colab, say, the package is missing: then install it.
+from importlib.util import find_spec
+
+if find_spec("dsv3_mini") is None:
+    %pip install --quiet "dsv3_mini[notebooks] @ git+{repository}\""""
 UNCOMPARED_TAGS = {"nbval-ignore-output", "nbval-skip"}
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -44,6 +52,22 @@ def code_cells(notebook: Notebook) -> list[tuple[int, Notebook]]:
     """(position, cell) of every code cell that has code; positions count all cells from 1."""
     numbered = enumerate(notebook.cells, start=1)
     return [(n, c) for n, c in numbered if c.cell_type == "code" and c.source.strip()]
+
+
+def install_cell() -> Notebook:
+    """The cell that follows every title: it installs the package from where it is published."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        repository = tomllib.load(file)["project"]["urls"]["Repository"]
+    source = INSTALL_SOURCE.format(repository=repository)
+    # remove-cell: neither the site nor the slides show it.
+    metadata = {"tags": [INSTALL, "remove-cell"]}
+    return nbformat.v4.new_code_cell(source, id=INSTALL, metadata=metadata)
+
+
+def put_install_cell(notebook: Notebook) -> None:
+    """Place it after the title, or bring the one that is there up to date."""
+    others = [cell for cell in notebook.cells if INSTALL not in tags(cell)]
+    notebook.cells = [*others[:1], install_cell(), *others[1:]]
 
 
 def comparison(notebook: Notebook) -> tuple[int, int, int]:
@@ -70,10 +94,18 @@ def opens_with_title(notebook: Notebook) -> list[str]:
     return ["the first cell is not a markdown cell that begins with a title ('# ...')"]
 
 
+def installs_the_package(notebook: Notebook) -> list[str]:
+    second = notebook.cells[1] if len(notebook.cells) > 1 else None
+    if second is not None and INSTALL in tags(second) and second.source == install_cell().source:
+        return []
+    return ["no cell after the title installs the package where it is missing: `make notebooks`"]
+
+
 def is_short(notebook: Notebook) -> list[str]:
     wrong = []
-    if len(notebook.cells) > MAX_CELLS:
-        wrong.append(f"{len(notebook.cells)} cells, at most {MAX_CELLS} allowed: split the topic")
+    cells = [cell for cell in notebook.cells if INSTALL not in tags(cell)]
+    if len(cells) > MAX_CELLS:
+        wrong.append(f"{len(cells)} cells, at most {MAX_CELLS} allowed: split the topic")
     for number, cell in code_cells(notebook):
         lines = len(cell.source.splitlines())
         if lines > MAX_LINES:
@@ -174,6 +206,12 @@ def is_free_of_build_strings(notebook: Notebook) -> list[str]:
     return wrong
 
 
+def is_made_by_this_package(notebook: Notebook) -> list[str]:
+    if notebook.metadata.get(fingerprint.KEY) == fingerprint.fingerprint(notebook):
+        return []
+    return ["its outputs were made by other cells or another package: run make notebooks"]
+
+
 def has_plain_metadata(notebook: Notebook) -> list[str]:
     wrong = []
     kernel = notebook.metadata.get("kernelspec", {}).get("name")
@@ -189,6 +227,7 @@ def has_plain_metadata(notebook: Notebook) -> list[str]:
 
 RULES: list[Rule] = [
     opens_with_title,
+    installs_the_package,
     is_short,
     is_executed_in_order,
     has_only_expected_errors,
@@ -198,6 +237,7 @@ RULES: list[Rule] = [
     uses_tags_for_nbval,
     is_free_of_machine_paths,
     is_free_of_build_strings,
+    is_made_by_this_package,
     has_plain_metadata,
 ]
 

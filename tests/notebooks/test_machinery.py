@@ -74,9 +74,9 @@ def test_executed_notebook_is_ready_to_commit(executed: Path) -> None:
     ]
     assert not wrong
     assert str(executed) not in nbformat.writes(notebook)
-    assert not notebook.cells[2].outputs, "a trailing ; did not hide the value"
-    assert "image/png" in notebook.cells[6].outputs[0].data
-    assert list(notebook.cells[7].outputs[0].data) == ["text/plain"]
+    assert not notebook.cells[3].outputs, "a trailing ; did not hide the value"
+    assert "image/png" in notebook.cells[7].outputs[0].data
+    assert list(notebook.cells[8].outputs[0].data) == ["text/plain"]
     assert [p.name for p in (executed / "notebooks").iterdir()] == ["00_right.ipynb"]
 
 
@@ -100,19 +100,19 @@ def test_a_cell_that_raises_leaves_the_file_alone(executed: Path) -> None:
 
 
 def changed_number(notebook: nbformat.NotebookNode) -> None:
-    notebook.cells[1].outputs[0].text = "two 3\n"
+    notebook.cells[2].outputs[0].text = "two 3\n"
 
 
 def wrong_assertion(notebook: nbformat.NotebookNode) -> None:
-    notebook.cells[2].source += "\nassert sum(hidden) == 7"
+    notebook.cells[3].source += "\nassert sum(hidden) == 7"
 
 
 def other_error(notebook: nbformat.NotebookNode) -> None:
-    notebook.cells[8].source = "raise ValueError('by accident')"
+    notebook.cells[9].source = "raise ValueError('by accident')"
 
 
 def missing_output(notebook: nbformat.NotebookNode) -> None:
-    notebook.cells[5].outputs = []
+    notebook.cells[6].outputs = []
 
 
 def nothing(notebook: nbformat.NotebookNode) -> None:
@@ -123,10 +123,10 @@ def nothing(notebook: nbformat.NotebookNode) -> None:
     ("change", "failed_cell"),
     [
         (nothing, None),
-        (changed_number, 0),
-        (wrong_assertion, 1),
-        (missing_output, 4),
-        (other_error, 7),
+        (changed_number, 1),
+        (wrong_assertion, 2),
+        (missing_output, 5),
+        (other_error, 8),
     ],
 )
 def test_nbval_sees_the_change(

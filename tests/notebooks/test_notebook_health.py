@@ -9,7 +9,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tests.environment import NOTEBOOKS, notebook_paths
-from tests.notebooks import health
+from tests.notebooks import fingerprint, health
 
 
 def test_the_folder_holds_notebooks() -> None:
@@ -42,13 +42,14 @@ def cell(source: str, *outputs: nbformat.NotebookNode, tag: str = "") -> nbforma
 
 
 def notebook(*cells: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook with a title and ``cells``, executed in order."""
-    counts = iter(range(1, len(cells) + 1))
-    for code in cells:
-        if code.cell_type == "code":
-            code.execution_count = next(counts)
+    """A notebook with a title and ``cells``, executed in order by the package as it is."""
     title = new_markdown_cell("# A title")
-    return new_notebook(cells=[title, *cells], metadata={"kernelspec": KERNEL})
+    made = new_notebook(cells=[title, *cells], metadata={"kernelspec": KERNEL})
+    health.put_install_cell(made)
+    for count, (_, code) in enumerate(health.code_cells(made), start=1):
+        code.execution_count = count
+    made.metadata[fingerprint.KEY] = fingerprint.fingerprint(made)
+    return made
 
 
 def test_a_good_notebook_breaks_no_rule() -> None:
@@ -60,7 +61,6 @@ def test_a_good_notebook_breaks_no_rule() -> None:
         cell("assert fast"),
         cell("1 / 0", raised("Cell In[6], line 1"), tag="raises-exception"),
     )
-    good.cells[-1].execution_count = 5
     assert [message for rule in health.RULES for message in rule(good)] == []
 
 
@@ -84,11 +84,26 @@ def with_metadata(**metadata: object) -> nbformat.NotebookNode:
 
 def uncompared_full_width() -> nbformat.NotebookNode:
     made = notebook(new_markdown_cell("## At full width"), cell("time()", tag=health.FULL_WIDTH))
-    made.cells[2].metadata["tags"].append(IGNORED)
+    made.cells[3].metadata["tags"].append(IGNORED)
+    return made
+
+
+def edited_later() -> nbformat.NotebookNode:
+    made = notebook(cell("from dsv3_mini.rope import frequencies\nfrequencies(4)"))
+    made.cells[2].source += "\nfrequencies(8)"
+    return made
+
+
+def of_another_repository() -> nbformat.NotebookNode:
+    made = notebook(cell("x = 1"))
+    made.cells[1].source = made.cells[1].source.replace("dsv3_mini.git", "elsewhere.git")
     return made
 
 
 BAD = {
+    "no install cell": (health.installs_the_package, new_notebook(cells=[new_markdown_cell("#")])),
+    "another repository": (health.installs_the_package, of_another_repository()),
+    "edited after it was executed": (health.is_made_by_this_package, edited_later()),
     "no cell at all": (health.opens_with_title, new_notebook()),
     "a title too small": (health.opens_with_title, new_notebook(cells=[new_markdown_cell("## A")])),
     "41 cells": (health.is_short, notebook(*[cell("x = 1") for _ in range(40)])),
@@ -150,6 +165,26 @@ BAD = {
 def test_each_rule_sees_what_it_is_there_for(name: str) -> None:
     rule, bad = BAD[name]
     assert rule(bad)
+
+
+def test_a_fingerprint_follows_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "dsv3_mini").mkdir()
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+
+    def prints_of(**sources: str) -> list[str]:
+        fingerprint._code.cache_clear()
+        for name, source in sources.items():
+            (tmp_path / "dsv3_mini" / f"{name}.py").write_text(source)
+        both = ["from dsv3_mini.far import f", "import dsv3_mini.near as near"]
+        return [fingerprint.fingerprint(new_notebook(cells=[cell(source)])) for source in both]
+
+    first = prints_of(near="x = 1", far="from dsv3_mini.near import x\ndef f(): return x")
+    reworded = prints_of(near='"""Why."""\nx = 1  # one')
+    assert reworded == first
+    assert [a != b for a, b in zip(prints_of(near="x = 2"), first, strict=True)] == [True, True]
+    changed = prints_of(near="x = 1", far="from dsv3_mini.near import x\ndef f(): return -x")
+    assert [a != b for a, b in zip(changed, first, strict=True)] == [True, False]
+    fingerprint._code.cache_clear()
 
 
 def test_every_rule_has_a_bad_example() -> None:
