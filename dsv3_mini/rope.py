@@ -98,8 +98,9 @@ def apply_rope(x_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     Source: report eqs 3 and 8. x is (..., T, R), cos and sin are (T, R / 2).
     """
     wide = x_TR.to(torch.promote_types(x_TR.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cos_TR, sin_TR)).flatten(-2).to(x_TR.dtype)
+    # As a complex number a pair is turned by one product, and decoding waits for launches.
+    pair = torch.complex(*wide.unflatten(-1, (-1, 2)).unbind(-1))
+    return torch.view_as_real(pair * torch.complex(cos_TR, sin_TR)).flatten(-2).to(x_TR.dtype)
 
 
 def rotation_matrix(cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
