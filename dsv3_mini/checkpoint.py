@@ -20,12 +20,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from math import ceil, prod
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -43,18 +43,15 @@ from dsv3_mini.shards import (
     Stored,
     headers,
     read,
-    replace_folder,
+    replacing,
     some,
     write_shards,
 )
 
+M = TypeVar("M", bound=nn.Module)
 SCALE = "_scale_inv"
-QUANTIZATION = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [SIDE, SIDE],
-}
+QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+                "weight_block_size": [SIDE, SIDE]}  # fmt: skip
 FLOATS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _IN_FP8 = re.compile(r".*\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight")
 _COPIES = re.compile(r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight")
@@ -104,19 +101,14 @@ def save_pretrained(
             )
     elif folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; expected the name of a new folder")
-    beside = folder.with_name(f".{folder.name}.writing")
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        write_shards(_stored(model, fp8), beside, max_shard_bytes)
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        replace_folder(beside, folder)
+        with replacing(folder) as beside:
+            write_shards(_stored(model, fp8), beside, max_shard_bytes)
+            (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {folder} ({error}); choose a folder that you may write to, with room"
         ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # an interrupt, too, leaves nothing behind
 
 
 def _stored(model: Transformer, fp8: bool) -> Iterator[Stored]:
@@ -153,17 +145,14 @@ def load_pretrained(
     its MTP layers and skips their tensors. On the ``meta`` device everything is compared and
     nothing read. Raises CheckpointError (or ConfigError) naming everything that does not fit.
     """
-    folder, config = open_folder(folder, dtype)
+    folder, config, found = open_folder(folder, dtype)
     stored_layers = config.num_hidden_layers + config.num_nextn_predict_layers
     if not mtp:
         config = config.replace(num_nextn_predict_layers=0)
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+    model = on_meta(Transformer, config).to(dtype)
     skipped = tuple(f"model.layers.{n}." for n in range(config.num_hidden_layers, stored_layers))
-    found = {n: h for n, h in headers(folder).items() if mtp or not n.startswith(skipped)}
-    _refuse(folder, mismatches(dict(named_weights(model)), found))
-    _fill(model, folder, found, "", device)
-    return model.eval()
+    found = {n: h for n, h in found.items() if mtp or not n.startswith(skipped)}
+    return _filled(model, folder, found, "", device)
 
 
 def load_layer(
@@ -171,17 +160,13 @@ def load_layer(
     device: torch.device | str = "cpu",
 ) -> DecoderLayer:  # fmt: skip
     """One layer of the main model alone, as ``load_pretrained`` would load it."""
-    folder, config = open_folder(folder, dtype)
+    folder, config, found = open_folder(folder, dtype)
     if type(index) is not int or not 0 <= index < config.num_hidden_layers:
         raise CheckpointError(f"layer {index!r}; expected 0 to {config.num_hidden_layers - 1}")
-    with torch.device("meta"):
-        layer = DecoderLayer(config, index).to(dtype)
+    layer = on_meta(DecoderLayer, config, index).to(dtype)
     prefix = f"model.layers.{index}."
-    found = {n: h for n, h in headers(folder).items() if n.startswith(prefix)}
-    expected = {prefix + name: tensor for name, tensor in named_weights(layer)}
-    _refuse(folder, mismatches(expected, found))
-    _fill(layer, folder, found, prefix, device)
-    return layer.eval()
+    found = {n: h for n, h in found.items() if n.startswith(prefix)}
+    return _filled(layer, folder, found, prefix, device)
 
 
 def load_tensors(
@@ -201,8 +186,10 @@ def load_tensors(
     yield from (read if keep_fp8 else _decoded)(folder, found, names)
 
 
-def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Path, ModelConfig]:
-    """The folder and its config, if both are as they should be. Raises CheckpointError."""
+def open_folder(
+    folder: str | os.PathLike[str], dtype: torch.dtype
+) -> tuple[Path, ModelConfig, dict[str, Header]]:
+    """The folder, its config and its headers, if each can be right. Raises CheckpointError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; expected config.json and safetensors")
@@ -213,13 +200,31 @@ def open_folder(folder: str | os.PathLike[str], dtype: torch.dtype) -> tuple[Pat
     quantization = raw.get("quantization_config")
     if quantization is not None and quantization != QUANTIZATION:
         raise CheckpointError(f"quantization_config is {quantization!r}; expected {QUANTIZATION!r}")
-    return folder, config
+    found = headers(folder)
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    experts = config.n_routed_experts * (layers - config.first_k_dense_replace)
+    # Also refused below, but naming every tensor that a wrong number asks for may take hours.
+    if layers > max(200, len(found)) or experts > max(100_000, len(found)):
+        raise CheckpointError(f"{folder} holds {len(found)} tensors, too few for the {layers} "
+                              f"layers and {experts} experts of its config.json")  # fmt: skip
+    return folder, config, found
 
 
-def _fill(
-    module: nn.Module, folder: Path, found: dict[str, Header], prefix: str,
-    device: torch.device | str,
-) -> None:  # fmt: skip
+def on_meta(kind: Callable[..., M], config: ModelConfig, *index: int) -> M:
+    """A module without memory, for its names and shapes. Raises CheckpointError."""
+    try:
+        with torch.device("meta"):
+            return kind(config, *index)
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise CheckpointError("config.json asks for larger tensors than can exist") from error
+
+
+def _filled(
+    module: M, folder: Path, found: dict[str, Header], prefix: str, device: torch.device | str
+) -> M:
+    if problems := mismatches({prefix + n: t for n, t in named_weights(module)}, found):
+        raise CheckpointError(f"{folder} does not hold the model of its config.json: "
+                              + "; ".join(problems[:8]))  # fmt: skip
     try:
         module.to_empty(device=device)
     except (RuntimeError, AssertionError) as error:
@@ -229,7 +234,7 @@ def _fill(
         ) from None
     targets = {prefix + name: tensor for name, tensor in named_weights(module)}
     if next(iter(targets.values())).is_meta:
-        return
+        return module.eval()
     with torch.no_grad():
         # Copies last: they are compared with what the main model has got.
         for copies in (False, True):
@@ -242,6 +247,7 @@ def _fill(
                         f"{name} in {folder} differs from the main model's, which MTP shares; was "
                         "only the main model trained on? Load with mtp=False"
                     )
+    return module.eval()
 
 
 def _decoded(
@@ -255,15 +261,11 @@ def _decoded(
     for name, tensor in read(folder, found, names):
         scale = scales.pop(name + SCALE, None)
         if scale is not None:
-            tensor = dequantize(tensor.to(device), scale.to(device), SQUARE)
+            try:
+                tensor = dequantize(tensor.to(device), scale.to(device), SQUARE)
+            except ValueError as error:
+                raise CheckpointError(f"{name} in {folder} has no use: {error}") from None
         yield name, tensor
-
-
-def _refuse(folder: Path, problems: list[str]) -> None:
-    if problems:
-        raise CheckpointError(
-            f"{folder} does not hold the model of its config.json: " + "; ".join(problems[:8])
-        )
 
 
 def mismatches(expected: dict[str, Tensor], found: dict[str, Header]) -> list[str]:

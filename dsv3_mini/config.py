@@ -25,10 +25,11 @@ class ConfigError(ValueError):
 
 def require(name: str, value: Any, low: float, above: bool = False, whole: bool = False) -> None:
     """Raise ConfigError unless ``value`` is finite and at least (or ``above``) ``low``."""
+    huge = type(value) is int and abs(value) >= 2**63  # torch counts in 64 bits
     fits = type(value) is int or (isinstance(value, float) and not whole)
-    if not (fits and math.isfinite(value) and (value > low if above else value >= low)):
+    if huge or not (fits and abs(value) < math.inf and (value > low if above else value >= low)):
         kind = f"{'an integer' if whole else 'a number'} {'above' if above else 'of at least'}"
-        raise ConfigError(f"{name} is {value!r}; expected {kind} {low}")
+        raise ConfigError(f"{name} is {value!r}; expected {kind} {low}{', below 2**63' * huge}")
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _read_json(source: object) -> dict[str, Any]:
     path = path / "config.json" if path.is_dir() else path
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"cannot read {path} ({error}); expected an official config.json"
         ) from None

@@ -167,7 +167,7 @@ def load_tokenizer() -> Tokenizer:
     """
     if not TOKENIZER.is_file():
         raise ValueError(f"{TOKENIZER} is missing; run: python -m dsv3_mini.data train-tokenizer")
-    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    tokenizer = Tokenizer.from_str(_read(TOKENIZER))  # from_file takes no path that is not UTF-8
     tokenizer.encode_special_tokens = True
     return tokenizer
 

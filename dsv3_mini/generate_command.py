@@ -72,7 +72,7 @@ def _tokenizer(folder: Path, vocabulary: int) -> Tokenizer:
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
-            return Tokenizer.from_file(str(path))
+            return Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises nothing more special
             raise ValueError(
                 f"{path} is damaged ({error}); fetch it again, or give --ids"

@@ -15,15 +15,13 @@ from pathlib import Path
 
 import torch
 
-from dsv3_mini.checkpoint import FLOATS, mismatches, named_weights, open_folder
+from dsv3_mini.checkpoint import FLOATS, mismatches, named_weights, on_meta, open_folder
 from dsv3_mini.model import Transformer
-from dsv3_mini.shards import headers
 
 
 def inspect(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
     """What a folder holds, in lines, and everything that does not fit its config."""
-    folder, config = open_folder(folder, torch.float32)
-    found = headers(folder)
+    folder, config, found = open_folder(folder, torch.float32)
     sizes = {**FLOATS, "F8_E4M3": 1}
     count = Counter(header.dtype for header in found.values())
     numbers: Counter[str] = Counter()
@@ -39,9 +37,7 @@ def inspect(folder: str | os.PathLike[str]) -> tuple[list[str], list[str]]:
         total = numbers[dtype] * sizes.get(dtype, 0)
         lines.append(f"{dtype:8s}{count[dtype]:>8,} tensors {numbers[dtype]:>17,} numbers "
                      f"{total:>17,} bytes")  # fmt: skip
-    with torch.device("meta"):
-        model = Transformer(config)
-    return lines, mismatches(dict(named_weights(model)), found)
+    return lines, mismatches(dict(named_weights(on_meta(Transformer, config))), found)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,8 @@ def run(work: Callable[[DeviceMesh | None], int]) -> int:
     A ValueError is said on stderr, by each rank that has it, and gives 2.
     """
     mesh = None
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter that is written
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if dist.is_torchelastic_launched():
             mesh = parallel.start(device().split(":")[0])

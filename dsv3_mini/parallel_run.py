@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dsv3_mini.resume import (
     fingerprint,
     refuse_changes,
     settings,
+    write_whole,
 )
 from dsv3_mini.train import Record, TrainConfig, new_state
 
@@ -62,15 +64,17 @@ class ParallelRun(Run):
             parallel.load(saves[-1], model, run.state)
         if dist.get_rank() == 0:
             run._prepare()
-            beside = folder / f".{PARALLEL}.writing"
-            beside.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, about)
+            write_whole(about, json.dumps(wanted, indent=2) + "\n")
         dist.barrier()
         return run
 
     def save(self) -> None:
         """Write model, optimizer and step; drop older saves once this one is complete."""
-        parallel.save(self.latest, self.model, self.state)
+        try:
+            parallel.save(self.latest, self.model, self.state)
+        finally:  # of a save that failed, on a full disk, nothing stays
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.folder / f".{self.latest.name}.writing", ignore_errors=True)
         if dist.get_rank() == 0:
             self._drop_older()
 

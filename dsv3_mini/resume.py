@@ -5,6 +5,9 @@ its target (``.step-000100.writing``) and renamed once complete; only then is th
 deleted. Whatever instant a run dies at, one complete save exists. The model part of it is an
 ordinary checkpoint, which ``load_pretrained`` and transformers read; optimizer moments are
 safetensors too, so nothing is ever unpickled.
+
+Two processes in one folder would delete each other's saves, so the command holds its folder with
+a lock of the operating system, which goes when the process goes, even by kill -9.
 """
 
 from __future__ import annotations
@@ -13,9 +16,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,12 +34,14 @@ from dsv3_mini.checkpoint import load_pretrained, save_pretrained
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.data import Corpus
 from dsv3_mini.model import Transformer
-from dsv3_mini.shards import replace_folder
+from dsv3_mini.shards import CheckpointError, new_folders, replacing
 from dsv3_mini.train import Record, TrainConfig, TrainState, new_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 PARALLEL = "run.json"
 """The file of settings in the folder of a run of several processes."""
+LOCK = ".lock"
+"""The file in a run's folder that says which process holds it, while one does."""
 
 
 class ResumeError(ValueError):
@@ -82,7 +92,7 @@ class Run:
         except OSError as error:
             problem = f"cannot make {self.folder} ({error}); choose another place"
             raise ResumeError(problem) from None
-        for half in self.folder.glob(".*step-*.writing"):  # of a save that was not finished
+        for half in self.folder.glob(".*step-*"):  # of a save that was not finished
             shutil.rmtree(half, ignore_errors=True)
         self._trim_log()
 
@@ -112,25 +122,21 @@ class Run:
         return self.folder / f"step-{self.state.step:06d}"
 
     def save(self) -> None:
-        """Write model, optimizer and step; drop older saves once this one is complete."""
-        target = self.latest
-        beside = target.with_name(f".{target.name}.writing")
+        """Write model, optimizer and step, then drop older saves. Raises ResumeError; they stay."""
+        about = {"step": self.state.step, "train": dataclasses.asdict(self.config),
+                 "data": self.data}  # fmt: skip
+        text = json.dumps(about, indent=2) + "\n"
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            save_pretrained(self.model, beside)
-            save_file(_moments(self.model, self.state), beside / "optimizer.safetensors")
-            about: dict[str, Any] = {
-                "step": self.state.step,
-                "train": dataclasses.asdict(self.config),
-                "data": self.data,
-            }
-            (beside / "train.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            replace_folder(beside, target)
-            self._drop_older()
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(f"cannot save into {self.folder} ({error})") from error
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            with replacing(self.latest) as beside:
+                save_pretrained(self.model, beside)
+                save_file(_moments(self.model, self.state), beside / "optimizer.safetensors")
+                (beside / "train.json").write_text(text, encoding="utf-8")
+        except (OSError, SafetensorError, CheckpointError) as error:
+            raise ResumeError(
+                f"cannot save into {self.folder} ({error.__cause__ or error}); the save before is "
+                "as it was: make room, then start again with the same words"
+            ) from error
+        self._drop_older()
 
     def _drop_older(self) -> None:
         for older in self.folder.glob("step-*"):
@@ -138,9 +144,13 @@ class Run:
                 shutil.rmtree(older, ignore_errors=True)
 
     def log(self, record: Record) -> None:
-        """Append one record to ``log.jsonl``."""
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record.scalars()) + "\n")
+        """Append one record to ``log.jsonl``. Raises ResumeError."""
+        path = self.folder / "log.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record.scalars()) + "\n")
+        except OSError as error:
+            raise ResumeError(f"cannot write {path} ({error}); is the disk full?") from error
 
     def anyone(self, stop: bool) -> bool:
         """Whether to ``stop``; in a job of several processes, whether any of them wants to."""
@@ -152,15 +162,79 @@ class Run:
         if not path.exists():
             return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= self.state.step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        beside = path.with_name(".log.jsonl.writing")
-        beside.write_text("".join(kept), encoding="utf-8")
+        write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside ``path``, then rename: there is never half a file. Raises ResumeError."""
+    beside = path.with_name(f".{path.name}.writing")
+    try:
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise ResumeError(f"cannot write {path} ({error}); is the disk full?") from error
+
+
+@contextmanager
+def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes out of the run in ``folder``, new or not, while the block runs.
+
+    Only among callers of ``hold``: ``Run`` does not look. Raises ResumeError naming the process
+    that has it, or as ``find_saves`` does. On Windows, where it has not yet run, the file stays.
+    """
+    folder = Path(folder)
+    find_saves(folder)
+    path = folder / LOCK
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(new_folders(path))
+            file = stack.enter_context(_locked(path))
+            if sys.platform != "win32":  # which deletes no open file
+                stack.callback(path.unlink, missing_ok=True)
+            now = datetime.now().astimezone().isoformat(" ", "seconds")
+            who = f"process {os.getpid()} on {platform.node()} since {now}"
+            file.truncate(0)
+            # At once: what a full disk refuses, closing the file would try to write once more.
+            os.write(file.fileno(), who.encode())
+        except OSError as error:
+            raise ResumeError(f"cannot write {path} ({error}); choose another place") from None
+        yield
+
+
+def _locked(path: Path) -> IO[str]:
+    while True:
+        file = path.open("a+", encoding="utf-8", errors="replace")
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                file.seek(2**30)  # nobody can read a locked byte: not one of the text
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    return file
+            file.close()  # its holder has deleted it since we opened it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            with file:
+                who = file.read() or "another process"
+            raise ResumeError(
+                f"{path.parent} is in use by {who}; wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError:
+            file.close()
+            raise
 
 
 def find_saves(folder: Path) -> list[Path]:
@@ -169,7 +243,8 @@ def find_saves(folder: Path) -> list[Path]:
         raise ResumeError(f"{folder} is a file; expected the name of a folder for this run")
     saves = sorted(folder.glob("step-*"))
     if folder.is_dir() and not saves:
-        strange = [p.name for p in folder.iterdir() if p.name not in ("log.jsonl", PARALLEL)]
+        known = ("log.jsonl", PARALLEL, LOCK)
+        strange = [p.name for p in folder.iterdir() if p.name not in known]
         strange = [name for name in strange if not name.endswith((".writing", ".old"))]
         if strange:
             raise ResumeError(f"{folder} holds {strange[:3]} and no run; choose a new folder")

@@ -2,14 +2,17 @@
 
 Why apart from ``checkpoint``: nothing here knows a model. A folder is a list of tensors with a
 file, a shape and a dtype each, all known before a single weight is read; and a new folder is made
-beside its target and then renamed. No pickle.
+beside its target and then renamed. No pickle. An index can name files of its folder only; what is a
+symbolic link there is followed, since the hub's cache is made of links.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +70,38 @@ def write_shards(tensors: Iterable[Stored], folder: Path, max_shard_bytes: int) 
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def replace_folder(new: Path, target: Path) -> None:
+@contextmanager
+def new_folders(target: Path) -> Iterator[None]:
+    """Make the folders that lead to ``target``; if the block fails, delete those left empty."""
+    missing = [folder for folder in target.parents if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to write into, which takes its place once the block is done.
+
+    If the block fails, everything is as it was before.
+    """
+    beside = target.with_name(f".{target.name}.writing")
+    with new_folders(beside):
+        try:
+            shutil.rmtree(beside, ignore_errors=True)  # left by a kill
+            beside.mkdir()
+            yield beside
+            _replace(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(new: Path, target: Path) -> None:
     """Rename ``new`` to ``target``; an older ``target`` is deleted once that has worked."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -89,7 +123,7 @@ def headers(folder: Path) -> dict[str, Header]:
         try:
             weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{folder / INDEX} is damaged ({error!r}); expected a JSON object with 'weight_map'"
             ) from None
@@ -99,11 +133,14 @@ def headers(folder: Path) -> dict[str, Header]:
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:
             raise CheckpointError(f"{INDEX} names {file!r}; expected file names inside the folder")
-        if not (folder / file).is_file():
+        if not os.path.isfile(folder / file):  # a Path's own raises where a name is too long
             raise CheckpointError(f"{folder} has no {file}; fetch or write the missing shard")
         try:
             with safe_open(folder / file, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 - not a dict
+                    if not (name.isascii() and name.isprintable()):  # it may write to a terminal
+                        raise CheckpointError(f"{folder / file} names a tensor {name!a}; "
+                                              "expected printable ASCII")  # fmt: skip
                     part = shard.get_slice(name)
                     found[name] = Header(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:

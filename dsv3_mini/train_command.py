@@ -8,6 +8,8 @@ progress bar and the handling of Ctrl-C, and needs tqdm for it.
 trains the same model by four processes (``parallel``): same losses. Its saves are in slices, which
 only torchrun goes on with; ``--export`` writes an ordinary checkpoint. After Ctrl-C torchrun gives
 the ranks 30 seconds to finish the step and to save it.
+
+A second command in the folder of one that still runs is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import copy
 import dataclasses
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -27,7 +30,7 @@ from dsv3_mini.config import ConfigError, ModelConfig
 from dsv3_mini.data import load_corpus
 from dsv3_mini.environment import device
 from dsv3_mini.parallel_run import ParallelRun
-from dsv3_mini.resume import Run
+from dsv3_mini.resume import Run, hold
 from dsv3_mini.train import TrainConfig, evaluate, train, train_step
 
 
@@ -56,11 +59,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
-    first = job.speaks(mesh)
     if args.save_every < 1:
         raise ConfigError(f"--save-every is {args.save_every}; expected at least 1")
     if args.export is not None and args.export.exists() and any(args.export.iterdir()):
         raise ConfigError(f"--export {args.export} is not empty; choose a new folder")
+    with hold(args.out) if job.speaks(mesh) else nullcontext():
+        return _train(args, mesh)
+
+
+def _train(args: argparse.Namespace, mesh: DeviceMesh | None) -> int:
+    first = job.speaks(mesh)
     names = [field.name for field in dataclasses.fields(TrainConfig)]
     config = TrainConfig(**{name: getattr(args, name) for name in names})
     corpus = load_corpus(characters=args.characters)
