@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help lab test notebooks exercises index figures site slides clean
+.PHONY: help lab test notebooks exercises index figures site slides bench mutants faults clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
@@ -37,6 +37,15 @@ site: .venv/.ready ## everything to read in a browser, without Python: build/sit
 
 slides: .venv/.ready ## a deck for each notebook: build/slides
 	$(RUN) -m sphinx -q -W --keep-going -E -c docs -d build/doctrees -b slides . build/slides
+
+bench: .venv/.ready ## beside transformers and a Llama, 20 minutes: the README's table, figures/bench.*
+	$(RUN) -m tests.bench --publish
+
+mutants: .venv/.ready ## make every known mistake on purpose, ten minutes: a test must catch each
+	$(RUN) -m tests.mutants --write --jobs 2
+
+faults: .venv/.ready ## kill training 50 times, read 20,000 broken files, twenty minutes
+	$(RUN) -m tests.faults --kills 50 --fuzz 10000
 
 clean: ## remove .venv and all caches
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -132,6 +132,7 @@ def test_sequence_loss_and_gradient(seed: int) -> None:
     scores.requires_grad_()
     ours, slow = sequence_balance_loss(scores, indices, 0.3), loop_loss(scores, indices, 0.3)
     assert ours.dim() == 0
+    assert ours.requires_grad, "detached: no router would learn from it"
     assert ours.item() == pytest.approx(slow.item(), rel=1e-12)
     gradients = [torch.autograd.grad(loss, scores)[0] for loss in (ours, slow)]
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-13)

@@ -68,6 +68,22 @@ def test_router_against_a_loop(seed: int) -> None:
             assert weight_of(routing, b, t) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_bias_matters_in_the_test_above() -> None:
+    """Without it other experts are chosen, and all of it is negative: else little could show."""
+    moved = []
+    for seed in range(8):
+        config = oracles.small_config(seed)
+        gate = some_gate(config, seed)
+        x = torch.randn(2, 40, config.hidden_size)
+        with_bias = gate(x).indices_BTK.sort().values
+        assert (gate.e_score_correction_bias < -0.3).all()
+        gate.e_score_correction_bias.zero_()
+        changed = (gate(x).indices_BTK.sort().values != with_bias).any(dim=-1)
+        moved.append(float(changed.float().mean()))
+    # Of two experts with nearly the same bias, as seed 2 has, none can be moved.
+    assert sum(share > 0.1 for share in moved) >= 7
+
+
 def test_the_bias_chooses_and_does_not_count() -> None:
     """Report eq 16: 0.4 beats 0.9 with the help of its bias, and still counts as 0.4."""
     scores, bias = [0.9, 0.4, 0.3, 0.8], [-0.6, 0.2, 0.0, 0.0]

@@ -59,6 +59,37 @@ def test_some_drafts_are_accepted_and_some_refused() -> None:
     assert 0.1 < total.rate < 0.9
 
 
+def test_a_module_that_is_sure_and_wrong_is_not_believed() -> None:
+    total = Acceptance()
+    for seed in range(6):
+        model = agreeing(oracles.small_config(seed).replace(num_nextn_predict_layers=1), seed, 20)
+        layer = model.model.layers[model.config.num_hidden_layers]
+        layer.shared_head.norm.weight.mul_(1000)  # nearly all of the probability on one token
+        out, stats = generate(model, [1, 2, 3], 24)
+        assert torch.equal(out, plain(model, [1, 2, 3], 24))
+        total.drafted += stats.drafted
+        total.accepted += stats.accepted
+    assert 0.1 < total.rate < 0.9
+
+
+def test_drafts_are_what_the_module_says_about_the_whole_text() -> None:
+    """Without a cache, at every step: nothing of a refused draft lives on in the next one."""
+    kinds = set()
+    for seed in range(6):
+        model = agreeing(oracles.small_config(seed).replace(num_nextn_predict_layers=1), seed, 20)
+        text, stats = generate(model, [1, 2, 3], 24)
+        fates, known = ["plain"], 4
+        while known < 26:
+            draft = model(text[:, :known], mtp=True).mtp_logits[0][0, -1].argmax()
+            accepted = bool(draft == text[0, known])
+            fates += ["accepted", "plain"] if accepted else ["rejected"]
+            known += 2 if accepted else 1
+        fates += ["plain"] * (27 - known)  # no room for a draft
+        assert stats.fates == fates
+        kinds |= set(fates)
+    assert kinds == {"plain", "accepted", "rejected"}
+
+
 def test_every_place_of_a_stop_token() -> None:
     """Also inside an accepted draft, and in one row before the others."""
     found = set()
