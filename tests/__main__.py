@@ -27,9 +27,11 @@ COMMANDS = {
     # Two processes, a file in one of them, since its tests share what it made. By name: the
     # browser's files, which take longest, then do not come last.
     "tests": ["pytest", "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
-    # A test writes the student's notebooks anew, runs them and compares: not twice.
-    "notebooks": ["pytest", "--nbval", "notebooks", "--ignore=notebooks/exercises"],
-}
+    # A test writes the student's notebooks anew, runs them and compares: not twice. A notebook's
+    # cells share a kernel, so that it is in one process, too.
+    "notebooks": ["pytest", "--nbval", "notebooks", "--ignore=notebooks/exercises",
+                  "-n", "2", "--dist", "loadfile"],
+}  # fmt: skip
 
 
 @dataclass

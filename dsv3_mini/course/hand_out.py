@@ -86,6 +86,7 @@ def hand_out(source: Path, target: Path) -> None:
     """
     notebook = student(nbformat.read(source, as_version=4))
     metadata = copy.deepcopy(notebook.metadata)
+    metadata.pop("dsv3_mini", None)  # the fingerprint of the solutions' cells
     run(notebook, target.parent)
     notebook.metadata = metadata  # without the interpreter's version
     write(notebook, target)
