@@ -162,10 +162,11 @@ def train_step(
         extra = sum(further, main.new_zeros(())) * (config.mtp_lambda / max(depths, 1))
         if config.alpha_batch:
             extra = extra + config.alpha_batch * output.batch_balance_loss
-        ((main + extra + config.alpha * balance) / len(batches)).backward()
-        losses.append(torch.stack([main, balance, *further]).detach())
         if output.routing:
             counts.append(output.router_counts)
+        del output  # the logits are not needed for the gradient: their softmax is
+        ((main + extra + config.alpha * balance) / len(batches)).backward()
+        losses.append(torch.stack([main, balance, *further]).detach())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     rate = learning_rate(state.step, config)
     for group in state.optimizer.param_groups:
