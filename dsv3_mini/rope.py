@@ -99,7 +99,8 @@ def apply_rope(x_TR: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
     """
     wide = x_TR.to(torch.promote_types(x_TR.dtype, torch.float32))
     # As a complex number a pair is turned by one product, and decoding waits for launches.
-    pair = torch.complex(*wide.unflatten(-1, (-1, 2)).unbind(-1))
+    wide = wide.unflatten(-1, (-1, 2)).clone(memory_format=torch.contiguous_format)
+    pair = torch.view_as_complex(wide)
     return torch.view_as_real(pair * torch.complex(cos_TR, sin_TR)).flatten(-2).to(x_TR.dtype)
 
 
