@@ -69,12 +69,15 @@ def cells(folder: Path = NOTEBOOKS) -> Iterator[Cell]:
             yield Cell(path.name, section, number, cell["id"], kind, source)
 
 
+def parse(source: str) -> ast.Module:
+    """A cell's code as a tree; lines that only IPython knows are passed over. SyntaxError."""
+    return ast.parse(re.sub(r"^([ \t]*)[%!].*$", r"\1pass", source, flags=re.MULTILINE))
+
+
 def _parsed(folder: Path) -> Iterator[tuple[Cell, ast.AST]]:
     for cell in cells(folder):
         if cell.kind == "code":
-            lines = cell.source.splitlines()
-            plain = "\n".join("pass" if line.startswith(("%", "!")) else line for line in lines)
-            yield from ((cell, node) for node in ast.walk(ast.parse(plain)))
+            yield from ((cell, node) for node in ast.walk(parse(cell.source)))
 
 
 def votes(folder: Path = NOTEBOOKS) -> dict[int, list[str]]:

@@ -192,7 +192,7 @@ def test_explorer(case: Case, notebook: Notebook, keep: Callable[..., None]) -> 
     keep(notebook)
 
 
-@pytest.mark.parametrize("name", ["01_kv_cache.ipynb", *sorted({c.notebook for c in CASES})])
+@pytest.mark.parametrize("name", sorted({c.notebook for c in CASES}))
 def test_notebook_runs_in_the_browser(
     name: str, notebook: Notebook, keep: Callable[..., None]
 ) -> None:

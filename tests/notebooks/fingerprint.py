@@ -12,23 +12,22 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import re
 from pathlib import Path
 
 import nbformat
 
+from dsv3_mini.course.settled import parse
 from tests.environment import ROOT
 
 KEY = "dsv3_mini"
 PACKAGE = "dsv3_mini"
-MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def fingerprint(notebook: nbformat.NotebookNode) -> str:
     """Sixteen hexadecimal digits."""
     cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    tree = ast.parse(MAGIC.sub(r"\1pass", "\n".join(cells)))
+    tree = parse("\n".join(cells))
     digest = hashlib.sha256(ast.dump(tree).encode())
     modules = sorted(reached(tree))
     for name in modules:
