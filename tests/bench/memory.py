@@ -52,7 +52,8 @@ class Held:
 
     def ratio(self, name: str) -> float:
         """Bytes of ``name`` over the first's."""
-        return self.nbytes[name] / next(iter(self.nbytes.values()))
+        ours = next(iter(self.nbytes.values()))
+        return self.nbytes[name] / max(ours, 1)  # a tiny model may need no further page
 
 
 def peaks(folder: Path, size: str, plan: Plan, threads: int) -> list[Held]:
