@@ -42,11 +42,11 @@ Row = tuple[str, dict[str, tuple[float, float, float]]]
 def rows_of(results: Results) -> list[Row]:
     """A label, and by implementation the ratio to ours: median, smallest, largest."""
     rows: list[Row] = []
-    for race in results.races:
-        if race.threads == results.most_threads and len(race.seconds) > 1:
-            others = [name for name in race.seconds if name != race.first]
-            rows.append((race.label, {name: race.ratio(name) for name in others}))
-    for held in headline(results)[1]:  # a cache's ratio is the same at every context
+    races, most_held = headline(results)
+    for race in races:
+        others = [name for name in race.seconds if name != race.first]
+        rows.append((race.label, {name: race.ratio(name) for name in others}))
+    for held in most_held:  # a cache's ratio is the same at every context
         ratio = {name: held.ratio(name) for name in list(held.nbytes)[1:]}
         rows.append((held.label, {name: (r, r, r) for name, r in ratio.items()}))
     return rows

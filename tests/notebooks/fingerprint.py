@@ -31,7 +31,7 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
     digest = hashlib.sha256(ast.dump(tree).encode())
     modules = sorted(reached(tree))
     for name in modules:
-        digest.update(f"{name} {_code(name)}".encode())
+        digest.update(f"{name} {_module(name)[1]}".encode())
     for path in sorted((ROOT / PACKAGE / "assets").rglob("*")) if modules else ():
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()[:16]
@@ -42,9 +42,9 @@ def reached(tree: ast.AST) -> set[str]:
     found, todo = set[str](), _imported(tree)
     while todo:
         name = todo.pop()
-        if name not in found and (path := _path(name)) is not None:
+        if name not in found and _path(name) is not None:
             found.add(name)
-            todo |= _imported(ast.parse(path.read_text(encoding="utf-8")))
+            todo |= _module(name)[0]
     return found
 
 
@@ -65,11 +65,12 @@ def _path(name: str) -> Path | None:
 
 
 @functools.cache
-def _code(name: str) -> str:
+def _module(name: str) -> tuple[set[str], str]:
+    """What a module imports, and its code without docstrings: read once for all notebooks."""
     path = _path(name)
     assert path is not None
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    return ast.dump(tree)
+    return _imported(tree), ast.dump(tree)

@@ -172,7 +172,7 @@ def test_a_fingerprint_follows_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
 
     def prints_of(**sources: str) -> list[str]:
-        fingerprint._code.cache_clear()
+        fingerprint._module.cache_clear()
         for name, source in sources.items():
             (tmp_path / "dsv3_mini" / f"{name}.py").write_text(source)
         both = ["from dsv3_mini.far import f", "import dsv3_mini.near as near"]
@@ -184,7 +184,7 @@ def test_a_fingerprint_follows_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [a != b for a, b in zip(prints_of(near="x = 2"), first, strict=True)] == [True, True]
     changed = prints_of(near="x = 1", far="from dsv3_mini.near import x\ndef f(): return -x")
     assert [a != b for a, b in zip(changed, first, strict=True)] == [True, False]
-    fingerprint._code.cache_clear()
+    fingerprint._module.cache_clear()
 
 
 def test_every_rule_has_a_bad_example() -> None:
