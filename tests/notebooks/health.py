@@ -103,9 +103,8 @@ def installs_the_package(notebook: Notebook) -> list[str]:
 
 def is_short(notebook: Notebook) -> list[str]:
     wrong = []
-    cells = [cell for cell in notebook.cells if INSTALL not in tags(cell)]
-    if len(cells) > MAX_CELLS:
-        wrong.append(f"{len(cells)} cells, at most {MAX_CELLS} allowed: split the topic")
+    if len(notebook.cells) > MAX_CELLS:
+        wrong.append(f"{len(notebook.cells)} cells, at most {MAX_CELLS} allowed: split the topic")
     for number, cell in code_cells(notebook):
         lines = len(cell.source.splitlines())
         if lines > MAX_LINES:
