@@ -390,14 +390,15 @@ def test_one_expert_by_hand() -> None:
 def test_grouped_and_in_turn_agree_with_gradients(counts: list[int], dtype: torch.dtype) -> None:
     experts = some_moe(ModelConfig.tiny()).experts.to(dtype)
     rows, wanted = torch.randn(sum(counts), 32, dtype=dtype), torch.tensor(counts)
+    gates = torch.rand(sum(counts), 1, dtype=dtype)
     results = []
     for run in (experts.in_turn, experts.grouped):
-        x = rows.clone().requires_grad_()
-        out = run(x, wanted)
-        grads = torch.autograd.grad(out.float().square().sum(), (x, *experts.parameters()))
+        x, g = rows.clone().requires_grad_(), gates.clone().requires_grad_()
+        out = run(x, g, wanted)
+        grads = torch.autograd.grad(out.float().square().sum(), (x, g, *experts.parameters()))
         results.append([out.detach(), *grads])
         with torch.no_grad():
-            assert torch.equal(run(x, wanted), out)
+            assert torch.equal(run(x, g, wanted), out)
     for ours, others in zip(*results, strict=True):
         scale = float(others.abs().max())
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
