@@ -415,3 +415,44 @@ def test_experts_are_grouped_where_torch_can() -> None:
         indices = torch.arange(2).expand(tokens, -1)
         experts.to(dtype)(x, indices, torch.ones(tokens, 2, dtype=dtype))
     assert calls == ["grouped", "in_turn", "in_turn"], "8 rows for 8 experts; fewer; fp64"
+
+
+@pytest.mark.parametrize("block_rows", [1, 5, 1024])
+@pytest.mark.parametrize("tokens", [1, 2, 13])
+def test_what_runs_without_a_gradient_equals_what_learns(
+    tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token's way, and blocks of one, two or all experts: each against all rows at once."""
+    monkeypatch.setattr("dsv3_mini.moe.BLOCK_ROWS", block_rows)
+    moe = some_moe(ModelConfig.tiny(), seed=tokens)
+    x = torch.randn(tokens, 32)
+    routing = moe.gate(x[None])
+    choice = (routing.indices_BTK[0], routing.weights_BTK[0].detach())
+    learnt = moe.experts(x, *choice)
+    with torch.no_grad():
+        plain, dense = moe.experts(x, *choice), moe.experts.dense(x, *choice)
+    assert learnt.requires_grad
+    assert not plain.requires_grad
+    torch.testing.assert_close(plain, learnt.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(plain, dense, rtol=0, atol=1e-6)
+
+
+def test_a_step_keeps_no_expert_s_result() -> None:
+    """Of a layer's rows training holds x, gate, up and what the last product reads, each once.
+
+    A weighted sum over a token's choices would want every expert's result, as wide as x.
+    """
+    moe = some_moe(ModelConfig.tiny())
+    x = torch.randn(40, 32, requires_grad=True)
+    routing = moe.gate(x[None])
+    rows, inner = routing.indices_BTK.numel(), moe.experts.gate_proj.shape[1]
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 2 and len(tensor) == rows:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.shape[1]
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        moe.experts(x, routing.indices_BTK[0], routing.weights_BTK[0])
+    assert sorted(width for width in kept.values() if width > 1) == [inner, inner, inner, 32]
