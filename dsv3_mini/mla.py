@@ -103,9 +103,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_BHTC = q_HMC.view(heads, batch, new, -1).transpose(0, 1)
         q_BHTK = torch.cat((q_BHTC, q_rope_BHTR), dim=-1)
         q_BHTK = q_BHTK * softmax_scale(self.config)  # fewer numbers than the logits
-        # One key for all heads: heads and tokens are the rows of a single product. And bmm reads
-        # the cache as it lies, where @ would copy the part that serves as value.
-        logits_BMS = torch.bmm(q_BHTK.flatten(1, 2), latent_BSK.mT)
+        # One key for all heads: a single product, whose many rows (tokens) the CPU's threads share.
+        logits_BMS = torch.bmm(latent_BSK, q_BHTK.flatten(1, 2).mT).mT.contiguous()
         if new > 1:
             hidden = ~causal_mask(new, latent_BSK.shape[1], latent_BSK.device)
             logits_BHTS = logits_BMS.unflatten(1, (heads, new))

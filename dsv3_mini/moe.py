@@ -15,8 +15,9 @@ Legend: B batch, T tokens, D hidden, E experts, K chosen, G groups, F expert wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import SwiGLU
 
-Run = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+Parts = Sequence[Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Parts | None], Tensor]
 BLOCK_ROWS = 1024
 """Rows of experts at once where no gradient is wanted: 2 MB at 512 wide, a core's cache."""
 
@@ -146,7 +148,7 @@ class Experts(nn.Module):
         run = self.grouped if group else self.in_turn
         if x_ND.device.type == "cpu" and not learns:
             return self.in_blocks(run, x_ND, token_R, weights_R1, counts_E)
-        out_RD = run(x_ND.index_select(0, token_R), weights_R1, counts_E)
+        out_RD = run(x_ND.index_select(0, token_R), weights_R1, counts_E, None)
         # order[r] says which choice row r is, its inverse in which row a choice lies.
         return F.embedding_bag(order_R.argsort().view_as(indices_NK), out_RD, mode="sum")
 
@@ -160,12 +162,12 @@ class Experts(nn.Module):
         step = max(1, len(counts_E) * BLOCK_ROWS // len(token_R))
         sizes = [int(counts.sum()) for counts in counts_E.split(step)]
         blocks = zip(
-            counts_E.split(step), token_R.split(sizes), weights_R1.split(sizes), strict=True
-        )
+            token_R.split(sizes), weights_R1.split(sizes), counts_E.split(step),
+            *(parameter.split(step) for parameter in self.parameters()), strict=True,
+        )  # fmt: skip
         out_ND = torch.zeros_like(x_ND)
-        for number, (counts, token, weights) in enumerate(blocks):
-            rows = x_ND.index_select(0, token)
-            out_ND.index_add_(0, token, run(rows, weights, counts, number * step))
+        for token, weights, counts, *parts in blocks:
+            out_ND.index_add_(0, token, run(x_ND.index_select(0, token), weights, counts, parts))
         return out_ND
 
     def for_one(self, x_D: Tensor, chosen: list[int], weights_K: Tensor) -> Tensor:
@@ -184,35 +186,34 @@ class Experts(nn.Module):
         return out_D
 
     def in_turn(
-        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, first: int = 0
+        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
     ) -> Tensor:
-        """Rows sorted by expert, from number ``first`` on, through one after the other, weighted.
+        """Rows sorted by expert through one expert after the other, weighted; those without rest.
 
-        Those without rows rest.
+        ``parts`` are gate_proj, up_proj and down_proj of the experts counted, if not all.
         """
-        sizes = counts_E.tolist()
-        pieces = zip(rows_RD.split(sizes), weights_R1.split(sizes), strict=True)
         # Indexing would make a gradient as large as all experts for each one of them.
-        parts = [w.unbind() if torch.is_grad_enabled() else w for w in self.parameters()]
+        experts = zip(*(w.unbind() for w in parts or self.parameters()), strict=True)
+        sizes = counts_E.tolist()
         outs = []
-        for expert, (piece, weights) in enumerate(pieces, start=first):
-            if len(piece):
-                gate_FD, up_FD, down_DF = (p[expert] for p in parts)
-                gate_XF, up_XF = self.linear(piece, gate_FD), self.linear(piece, up_FD)
-                outs.append(self.linear(weighted_swiglu(gate_XF, up_XF, weights), down_DF))
+        for rows, weights, (gate_FD, up_FD, down_DF) in zip(
+            rows_RD.split(sizes), weights_R1.split(sizes), experts, strict=True
+        ):
+            if len(rows):
+                gate, up = self.linear(rows, gate_FD), self.linear(rows, up_FD)
+                outs.append(self.linear(weighted_swiglu(gate, up, weights), down_DF))
         return torch.cat(outs) if outs else rows_RD
 
     def grouped(
-        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, first: int = 0
+        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
     ) -> Tensor:
         """The same in three launches, without the CPU knowing the counts."""
         ends_E = counts_E.cumsum(0).int()
-        gate, up, down = (w[first : first + len(counts_E)].mT for w in self.parameters())
-        gate_RF, up_RF = (F.grouped_mm(rows_RD, w, offs=ends_E) for w in (gate, up))
-        inner_RF = checkpoint(
-            weighted_swiglu, gate_RF, up_RF, weights_R1,
-            use_reentrant=False, preserve_rng_state=False,
-        )  # fmt: skip
+        gate, up, down = (w.mT for w in parts or self.parameters())
+        rows = (*(F.grouped_mm(rows_RD, w, offs=ends_E) for w in (gate, up)), weights_R1)
+        # Training keeps gate and up, and makes what lies between the products again.
+        again = partial(checkpoint, weighted_swiglu, use_reentrant=False, preserve_rng_state=False)
+        inner_RF = again(*rows) if torch.is_grad_enabled() else weighted_swiglu(*rows)
         return F.grouped_mm(inner_RF, down, offs=ends_E)
 
     def _can_group(self, x: Tensor, rows: int) -> bool:
