@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help lab test notebooks exercises index figures site slides bench mutants faults clean
+.PHONY: help lab test notebooks exercises index figures site slides bench mutants coverage faults clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
@@ -41,8 +41,12 @@ slides: .venv/.ready ## a deck for each notebook: build/slides
 bench: .venv/.ready ## beside transformers and a Llama, 20 minutes: the README's table, figures/bench.*
 	$(RUN) -m tests.bench --publish
 
-mutants: .venv/.ready ## make every known mistake on purpose, ten minutes: a test must catch each
+mutants: .venv/.ready ## make every known mistake on purpose, half an hour: a test must catch each
 	$(RUN) -m tests.mutants --write --jobs 2
+	$(RUN) -m tests.mutants.notebooks --write
+
+coverage: .venv/.ready ## which lines of the package do unit tests reach? At least 95 %
+	$(RUN) -m tests.coverage
 
 faults: .venv/.ready ## kill training 50 times, read 20,000 broken files, twenty minutes
 	$(RUN) -m tests.faults --kills 50 --fuzz 10000

@@ -25,6 +25,7 @@ from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import ModelOutput, Transformer
 from dsv3_mini.rope import yarn_ramp
 from tests.reference.configs import random_config, randomise
+from tests.reference.theirs import remembering
 
 SEEDS = range(60)
 TOKENS = 18
@@ -109,7 +110,7 @@ def test_cached_decoding_agrees(seed: int) -> None:
     ours, theirs = [], []
     for chunk in both.tokens.split(CHUNKS, dim=1):
         ours.append(both.ours(chunk, our_cache).logits)
-        theirs.append(both.theirs(chunk, past_key_values=their_cache).logits)
+        theirs.append(both.theirs(chunk, **remembering(their_cache)).logits)
         assert our_cache.length == their_cache.get_seq_length()
         assert difference(ours[-1], theirs[-1]) < LARGEST_DIFFERENCE
     assert difference(torch.cat(ours, dim=1), both.logits) < LARGEST_DIFFERENCE

@@ -23,6 +23,7 @@ from dsv3_mini.checkpoint import load_pretrained, save_pretrained
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import Transformer
 from dsv3_mini.train import TrainConfig, new_state, train_step
+from tests.reference.theirs import remembering
 
 OURS, DEFAULT, EAGER, LLAMA = "dsv3_mini", "transformers", "transformers eager", "Llama"
 PATHS = {DEFAULT: ("sdpa", "grouped_mm"), EAGER: ("eager", "eager")}
@@ -101,7 +102,7 @@ class Theirs:
 
     def extend(self, tokens: Tensor) -> Tensor:
         """Logits of new tokens (1, T) that follow the cache."""
-        return self.model(tokens, past_key_values=self.cache, use_cache=True).logits
+        return self.model(tokens, **remembering(self.cache), use_cache=True).logits
 
     def prefill(self, tokens: Tensor) -> Tensor:
         """Logits of a whole prompt, with a new cache."""

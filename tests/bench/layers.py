@@ -27,6 +27,7 @@ from tests.bench.official import OfficialDecode
 from tests.bench.plan import MLA_RACE, MOE_SIZE, Plan, mla_size, moe_config, moe_name
 from tests.bench.products import PRODUCTS, record, replay
 from tests.bench.timing import Entrant, Race, run_race, say
+from tests.reference.theirs import remembering
 
 LIMIT, OFFICIAL = "matmul limit", "official einsums"
 
@@ -130,7 +131,7 @@ class MLA:
     def their_step(self, context: int) -> Tensor:
         """transformers' layer: keys and values of all heads and tokens, from the latents."""
         cos, sin = (torch.cat((table, table), dim=-1)[None] for table in self.tables(context))
-        return self.theirs(self.ours.x, (cos, sin), None, past_key_values=self.their_cache)[0]
+        return self.theirs(self.ours.x, (cos, sin), None, **remembering(self.their_cache))[0]
 
     def official_step(self, context: int) -> Tensor:
         """The einsums of ``official``."""

@@ -64,4 +64,4 @@ def test_a_verdict_leads_to_its_cell(notebook: Notebook) -> None:
     current = "window.jupyterapp.shell.currentWidget"
     notebook.page.wait_for_function(f"() => {current}.context.path.endsWith('{place.notebook}')")
     target = f"{current}.content.activeCell?.model.id === '{place.identifier}'"
-    notebook.page.wait_for_function(f"() => {target}")
+    assert notebook.page.wait_for_function(f"() => {target}").json_value() is True
