@@ -52,8 +52,9 @@ class Cache:
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write T tokens of one layer after ``length``; return views of all length + T tokens."""
         end = self.length + new[0].shape[-2]
-        room = [tuple(store[layer][..., self.length : end, :].shape) for store in self.stores]
-        if room != (made := [tuple(value.shape) for value in new]):
+        tokens, made = new[0].shape[-2], [tuple(value.shape) for value in new]
+        room = [(*store.shape[1:-2], tokens, store.shape[-1]) for store in self.stores]
+        if room != made:
             raise CacheError(
                 f"the model stores {made} in a layer, the cache has room for {room}: it is another "
                 "model's; make it with this model's new_cache(...)"
@@ -67,8 +68,9 @@ class Cache:
                 )
             if value.requires_grad:
                 raise CacheError("a cache cannot carry gradients; decode under torch.no_grad()")
-            store[layer][..., self.length : end, :] = value
-            views.append(store[layer][..., :end, :])
+            held = store[layer]
+            held[..., self.length : end, :] = value
+            views.append(held[..., :end, :])
         return tuple(views)
 
     def advance(self, tokens: int) -> None:

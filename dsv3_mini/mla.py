@@ -14,7 +14,8 @@ whose first 512 numbers are also the value. For one new token absorbed does far 
 for a whole prompt, naive does. ``cheaper_to_absorb`` counts them.
 
 Legend: B batch, T new tokens, S tokens seen, H heads, D hidden, C kv_lora_rank,
-N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, K = C + R.
+N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, K = C + R, M rows of one product (H x T or
+B x T).
 """
 
 from __future__ import annotations
@@ -94,19 +95,24 @@ class MultiHeadLatentAttention(nn.Module):
     def absorbed(self, q_nope_BHTN: Tensor, q_rope_BHTR: Tensor, latent_BSK: Tensor) -> Tensor:
         """Report eq 10 on the latents themselves, (B, H, T, V): DeepSeek-V2 2.1.2, appendix C."""
         nope, value = self.config.qk_nope_head_dim, self.config.v_head_dim
-        w_HXC = self.kv_b_proj.weight.unflatten(0, (-1, nope + value))
+        batch, heads, new, _ = q_nope_BHTN.shape
+        w_HXC = self.kv_b_proj.weight.unflatten(0, (heads, nope + value))
         w_uk_HNC, w_uv_HVC = w_HXC.split([nope, value], dim=1)
-        q_BHTK = torch.cat((q_nope_BHTN @ w_uk_HNC, q_rope_BHTR), dim=-1)
+        # Heads outermost: a head's matrix is read once, however many sequences there are.
+        q_HMC = torch.bmm(q_nope_BHTN.transpose(0, 1).flatten(1, 2), w_uk_HNC)
+        q_BHTC = q_HMC.view(heads, batch, new, -1).transpose(0, 1)
+        q_BHTK = torch.cat((q_BHTC, q_rope_BHTR), dim=-1)
         q_BHTK = q_BHTK * softmax_scale(self.config)  # fewer numbers than the logits
-        heads, new, seen = q_BHTK.shape[1], q_BHTK.shape[2], latent_BSK.shape[1]
-        # One key for all heads: heads and tokens are the rows of a single product.
-        logits_BHTS = (q_BHTK.flatten(1, 2) @ latent_BSK.mT).unflatten(1, (heads, new))
+        # One key for all heads: a single product, whose many rows (tokens) the CPU's threads share.
+        logits_BMS = torch.bmm(latent_BSK, q_BHTK.flatten(1, 2).mT).mT.contiguous()
         if new > 1:
-            hidden = ~causal_mask(new, seen, q_BHTK.device)
-            logits_BHTS = logits_BHTS.masked_fill(hidden, float("-inf"))
-        weights = logits_BHTS.softmax(dim=-1).flatten(1, 2)
-        mean_BHTC = (weights @ latent_BSK[..., : w_uk_HNC.shape[-1]]).unflatten(1, (heads, new))
-        return mean_BHTC @ w_uv_HVC.mT
+            hidden = ~causal_mask(new, latent_BSK.shape[1], latent_BSK.device)
+            logits_BHTS = logits_BMS.unflatten(1, (heads, new))
+            logits_BMS = logits_BHTS.masked_fill(hidden, float("-inf")).flatten(1, 2)
+        mean_BMC = torch.bmm(logits_BMS.softmax(dim=-1), latent_BSK[..., : w_uk_HNC.shape[-1]])
+        mean_HBTC = mean_BMC.view(batch, heads, new, -1).transpose(0, 1)
+        out_HMV = torch.bmm(mean_HBTC.flatten(1, 2), w_uv_HVC.mT)
+        return out_HMV.view(heads, batch, new, value).transpose(0, 1)
 
     def forward(
         self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: Cache | None = None,

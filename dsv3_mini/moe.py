@@ -15,15 +15,22 @@ Legend: B batch, T tokens, D hidden, E experts, K chosen, G groups, F expert wid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import SwiGLU
+
+Parts = Sequence[Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Parts | None], Tensor]
+BLOCK_ROWS = 1024
+"""Rows of experts at once where no gradient is wanted: 2 MB at 512 wide, a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,14 @@ class Gate(nn.Module):
         return Routing(scores_BTE, indices_BTK, weights_BTK * config.routed_scaling_factor)
 
 
+def weighted_swiglu(gate_RF: Tensor, up_RF: Tensor, weights_R1: Tensor) -> Tensor:
+    """silu(gate) * up, times the token's weight for the expert: what its last product reads.
+
+    The product is linear, so that weighing before it equals eq 12, which weighs its wider result.
+    """
+    return F.silu(gate_RF) * up_RF * weights_R1
+
+
 class Experts(nn.Module):
     """All routed experts of a layer, stacked: gate_proj and up_proj (E, F, D), down_proj (E, D, F).
 
@@ -123,32 +138,83 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token through its K experts, weighted and summed: (N, D). Sorted by expert."""
         flat = indices_NK.flatten()
-        if len(x_ND) == 1 and not self._can_group(x_ND, len(flat)):
-            # Decoding: nothing to sort, and what is not launched costs nothing.
-            return weights_NK.to(x_ND.dtype) @ torch.cat([self.one(e, x_ND) for e in flat.tolist()])
-        order = flat.argsort(stable=True)
+        weights_NK = weights_NK.to(x_ND.dtype)
+        group, learns = self._can_group(x_ND, len(flat)), torch.is_grad_enabled()
+        if len(x_ND) == 1 and self.linear is F.linear and not (group or learns):
+            return self.for_one(x_ND[0], flat.tolist(), weights_NK[0])[None]
+        order_R = flat.argsort(stable=True)
+        token_R, weights_R1 = order_R // indices_NK.shape[1], weights_NK.flatten()[order_R, None]
         counts_E = _count(flat, self.gate_proj.shape[0])
-        run = self.grouped if self._can_group(x_ND, len(flat)) else self.in_turn
-        out_RD = run(x_ND.index_select(0, order // indices_NK.shape[1]), counts_E)
+        run = self.grouped if group else self.in_turn
+        if x_ND.device.type == "cpu" and not learns:
+            return self.in_blocks(run, x_ND, token_R, weights_R1, counts_E)
+        out_RD = run(x_ND.index_select(0, token_R), weights_R1, counts_E, None)
         # order[r] says which choice row r is, its inverse in which row a choice lies.
-        row_NK = order.argsort().view_as(indices_NK)
-        gates_NK = weights_NK.to(x_ND.dtype)
-        return F.embedding_bag(row_NK, out_RD, per_sample_weights=gates_NK, mode="sum")
+        return F.embedding_bag(order_R.argsort().view_as(indices_NK), out_RD, mode="sum")
 
-    def in_turn(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert through one expert after the other; those without rows rest."""
-        pieces = enumerate(rows_RD.split(counts_E.tolist()))
+    def in_blocks(
+        self, run: Run, x_ND: Tensor, token_R: Tensor, weights_R1: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """A few experts at a time, their rows gathered and added where they belong.
+
+        All rows at once are K times as large as x; a block of them stays in the core's cache.
+        """
+        step = max(1, len(counts_E) * BLOCK_ROWS // len(token_R))
+        sizes = [int(counts.sum()) for counts in counts_E.split(step)]
+        blocks = zip(
+            token_R.split(sizes), weights_R1.split(sizes), counts_E.split(step),
+            *(parameter.split(step) for parameter in self.parameters()), strict=True,
+        )  # fmt: skip
+        out_ND = torch.zeros_like(x_ND)
+        for token, weights, counts, *parts in blocks:
+            out_ND.index_add_(0, token, run(x_ND.index_select(0, token), weights, counts, parts))
+        return out_ND
+
+    def for_one(self, x_D: Tensor, chosen: list[int], weights_K: Tensor) -> Tensor:
+        """One token, (D,): decoding has nothing to sort, and waits for memory and launches.
+
+        Each matrix is read by a product of its own; what lies between is done for all at once.
+        """
+        gate_KF, up_KF = (
+            torch.stack([torch.mv(w[expert], x_D) for expert in chosen])
+            for w in (self.gate_proj, self.up_proj)
+        )
+        inner_KF = weighted_swiglu(gate_KF, up_KF, weights_K[:, None])
+        out_D = torch.zeros_like(x_D)
+        for expert, inner_F in zip(chosen, inner_KF, strict=True):
+            out_D = torch.addmv(out_D, self.down_proj[expert], inner_F)
+        return out_D
+
+    def in_turn(
+        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
+    ) -> Tensor:
+        """Rows sorted by expert through one expert after the other, weighted; those without rest.
+
+        ``parts`` are gate_proj, up_proj and down_proj of the experts counted, if not all.
+        """
         # Indexing would make a gradient as large as all experts for each one of them.
-        parts = [w.unbind() if torch.is_grad_enabled() else w for w in self.parameters()]
-        outs = [self._swiglu(piece, *(p[e] for p in parts)) for e, piece in pieces if len(piece)]
-        return torch.cat(outs)
+        experts = zip(*(w.unbind() for w in parts or self.parameters()), strict=True)
+        sizes = counts_E.tolist()
+        outs = []
+        for rows, weights, (gate_FD, up_FD, down_DF) in zip(
+            rows_RD.split(sizes), weights_R1.split(sizes), experts, strict=True
+        ):
+            if len(rows):
+                gate, up = self.linear(rows, gate_FD), self.linear(rows, up_FD)
+                outs.append(self.linear(weighted_swiglu(gate, up, weights), down_DF))
+        return torch.cat(outs) if outs else rows_RD
 
-    def grouped(self, rows_RD: Tensor, counts_E: Tensor) -> Tensor:
+    def grouped(
+        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
+    ) -> Tensor:
         """The same in three launches, without the CPU knowing the counts."""
         ends_E = counts_E.cumsum(0).int()
-        gate_RF = F.grouped_mm(rows_RD, self.gate_proj.mT, offs=ends_E)
-        up_RF = F.grouped_mm(rows_RD, self.up_proj.mT, offs=ends_E)
-        return F.grouped_mm(F.silu(gate_RF) * up_RF, self.down_proj.mT, offs=ends_E)
+        gate, up, down = (w.mT for w in parts or self.parameters())
+        rows = (*(F.grouped_mm(rows_RD, w, offs=ends_E) for w in (gate, up)), weights_R1)
+        # Training keeps gate and up, and makes what lies between the products again.
+        again = partial(checkpoint, weighted_swiglu, use_reentrant=False, preserve_rng_state=False)
+        inner_RF = again(*rows) if torch.is_grad_enabled() else weighted_swiglu(*rows)
+        return F.grouped_mm(inner_RF, down, offs=ends_E)
 
     def _can_group(self, x: Tensor, rows: int) -> bool:
         """Where torch has the kernel, fp8 is not in place, and few experts would rest."""

@@ -390,14 +390,15 @@ def test_one_expert_by_hand() -> None:
 def test_grouped_and_in_turn_agree_with_gradients(counts: list[int], dtype: torch.dtype) -> None:
     experts = some_moe(ModelConfig.tiny()).experts.to(dtype)
     rows, wanted = torch.randn(sum(counts), 32, dtype=dtype), torch.tensor(counts)
+    gates = torch.rand(sum(counts), 1, dtype=dtype)
     results = []
     for run in (experts.in_turn, experts.grouped):
-        x = rows.clone().requires_grad_()
-        out = run(x, wanted)
-        grads = torch.autograd.grad(out.float().square().sum(), (x, *experts.parameters()))
+        x, g = rows.clone().requires_grad_(), gates.clone().requires_grad_()
+        out = run(x, g, wanted)
+        grads = torch.autograd.grad(out.float().square().sum(), (x, g, *experts.parameters()))
         results.append([out.detach(), *grads])
         with torch.no_grad():
-            assert torch.equal(run(x, wanted), out)
+            assert torch.equal(run(x, g, wanted), out)
     for ours, others in zip(*results, strict=True):
         scale = float(others.abs().max())
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
@@ -414,3 +415,44 @@ def test_experts_are_grouped_where_torch_can() -> None:
         indices = torch.arange(2).expand(tokens, -1)
         experts.to(dtype)(x, indices, torch.ones(tokens, 2, dtype=dtype))
     assert calls == ["grouped", "in_turn", "in_turn"], "8 rows for 8 experts; fewer; fp64"
+
+
+@pytest.mark.parametrize("block_rows", [1, 5, 1024])
+@pytest.mark.parametrize("tokens", [1, 2, 13])
+def test_what_runs_without_a_gradient_equals_what_learns(
+    tokens: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token's way, and blocks of one, two or all experts: each against all rows at once."""
+    monkeypatch.setattr("dsv3_mini.moe.BLOCK_ROWS", block_rows)
+    moe = some_moe(ModelConfig.tiny(), seed=tokens)
+    x = torch.randn(tokens, 32)
+    routing = moe.gate(x[None])
+    choice = (routing.indices_BTK[0], routing.weights_BTK[0].detach())
+    learnt = moe.experts(x, *choice)
+    with torch.no_grad():
+        plain, dense = moe.experts(x, *choice), moe.experts.dense(x, *choice)
+    assert learnt.requires_grad
+    assert not plain.requires_grad
+    torch.testing.assert_close(plain, learnt.detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(plain, dense, rtol=0, atol=1e-6)
+
+
+def test_a_step_keeps_no_expert_s_result() -> None:
+    """Of a layer's rows training holds x, gate, up and what the last product reads, each once.
+
+    A weighted sum over a token's choices would want every expert's result, as wide as x.
+    """
+    moe = some_moe(ModelConfig.tiny())
+    x = torch.randn(40, 32, requires_grad=True)
+    routing = moe.gate(x[None])
+    rows, inner = routing.indices_BTK.numel(), moe.experts.gate_proj.shape[1]
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 2 and len(tensor) == rows:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.shape[1]
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        moe.experts(x, routing.indices_BTK[0], routing.weights_BTK[0])
+    assert sorted(width for width in kept.values() if width > 1) == [inner, inner, inner, 32]

@@ -8,6 +8,7 @@ import torch
 from dsv3_mini.course.recall import (
     BACK,
     practise,
+    practised,
     recall_accuracy,
     recall_batch,
     recall_config,
@@ -66,6 +67,14 @@ def test_it_is_learned_in_a_second() -> None:
     practise(model)
     for absorb in (None, False, True):
         assert recall_accuracy(model, absorb=absorb).mean() > 0.95
+
+
+def test_practising_by_name_is_the_same_as_by_hand() -> None:
+    torch.manual_seed(3)
+    model = practise(Transformer(recall_config(2, 1)), 3, steps=4)
+    loss, size = practised((2, 1), seed=3, steps=4)
+    assert loss == recall_loss(model).mean().item() != practised((2, 1), seed=4, steps=4)[0]
+    assert size == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_swapping_keeps_the_weights() -> None:

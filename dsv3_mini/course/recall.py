@@ -82,6 +82,13 @@ def recall_loss(model: Transformer, length: int = LENGTH, batch: int = 32) -> Te
     return F.cross_entropy(logits_BVT, targets_BT, reduction="none").mean(dim=0)[BACK:]
 
 
+def practised(shape: tuple[int, int], seed: int, steps: int) -> tuple[float, int]:
+    """Loss and number of parameters of a new model of (rank, heads) after ``steps`` of practice."""
+    torch.manual_seed(seed)
+    model = practise(Transformer(recall_config(*shape)), seed, steps)
+    return recall_loss(model).mean().item(), sum(p.numel() for p in model.parameters())
+
+
 @torch.no_grad()
 def recall_accuracy(
     model: Transformer, length: int = LENGTH, batch: int = 32, absorb: bool | None = None

@@ -25,6 +25,7 @@ from tests.bench.implementations import (
 )
 from tests.bench.official import OfficialDecode
 from tests.bench.plan import MLA_RACE, MOE_SIZE, Plan, mla_size, moe_config, moe_name
+from tests.bench.products import PRODUCTS, record, replay
 from tests.bench.timing import Entrant, Race, run_race, say
 from tests.reference.theirs import remembering
 
@@ -164,6 +165,7 @@ def mla_races(plan: Plan, threads: list[int]) -> list[Race]:
             OURS: Entrant(partial(layer.ours.step, context)),
             OFFICIAL: Entrant(partial(layer.official_step, context)),
             DEFAULT: Entrant(partial(layer.their_step, context), partial(layer.put_back, context)),
+            PRODUCTS: Entrant(partial(replay, record(partial(layer.ours.step, context)))),
         }
         for count in threads:
             torch.set_num_threads(count)

@@ -19,6 +19,7 @@ from tests.bench.implementations import (
     assert_same,
 )
 from tests.bench.plan import Plan, scaled
+from tests.bench.products import PRODUCTS, record, replay
 from tests.bench.timing import Entrant, Race, run_race, say
 
 CHUNK = 512
@@ -47,6 +48,8 @@ def prefill(team: Team, size: str, config: ModelConfig, plan: Plan, threads: int
             name: Entrant(partial(one.prefill, tokens[:, :length]), one.choose)
             for name, one in team.items()
         }
+        products = record(partial(team[OURS].prefill, tokens[:, :length]))
+        entrants[PRODUCTS] = Entrant(partial(replay, products))
         races.append(
             run_race(Race("prefill", size, length, "tokens", threads), entrants, plan.pace)
         )
@@ -89,6 +92,13 @@ def decode(
             name: Entrant(partial(one.extend, new), partial(ready, one, context), STEPS)
             for name, one in team.items()
         }
+        team[OURS].put_back(context)
+        products = record(partial(team[OURS].extend, new))
+        say(
+            f"{size}: a token at {context:,} takes {len(products.products)} products "
+            f"and {products.others} other launches"
+        )
+        entrants[PRODUCTS] = Entrant(partial(replay, products), times=STEPS)
         for count in threads:
             torch.set_num_threads(count)
             races.append(
