@@ -34,7 +34,7 @@ root_doc = "docs/index"
 include_patterns = [
     "*.md",
     "docs/**.md",
-    "tests/mutants/report.md",
+    "tests/mutants/*.md",
     "notebooks/*.ipynb",
     "notebooks/exercises/*.ipynb",
     "dsv3_mini/**.py",
