@@ -177,6 +177,13 @@ def test_all_on_one_expert_by_hand() -> None:
     assert float(sequence_balance_loss(scores, indices)) == pytest.approx(3.0)
 
 
+def test_where_everyone_is_chosen_nothing_is_uneven() -> None:
+    """f = 1 for every expert, and the P_i sum to 1: alpha, whatever the affinities are."""
+    scores = torch.rand(2, 5, 4, dtype=torch.float64) + 0.1
+    indices = torch.arange(4).expand(2, 5, 4)
+    assert float(sequence_balance_loss(scores, indices, 0.5)) == pytest.approx(0.5)
+
+
 def test_affinities_are_normalised_over_all_experts() -> None:
     """Report eq 19: scaling a token's affinities changes nothing; so P is s', not s or the gate."""
     scores, indices = random_routing(3)

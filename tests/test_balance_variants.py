@@ -28,6 +28,10 @@ def test_proportional_by_hand() -> None:
     moved = update_bias_in_proportion(bias, counts, 0.1)
     torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, -0.4, 0.0]))
     assert torch.equal(update_bias_in_proportion(bias, torch.zeros(4), 0.1), bias)
+    # Each layer by its own mean, also where that is a single token.
+    busy = torch.tensor([[8, 4, 0, 4], [2, 1, 0, 1]])
+    moved = update_bias_in_proportion(torch.zeros(2, 4), busy, 0.1)
+    torch.testing.assert_close(moved, torch.tensor([[-0.1, 0.0, 0.1, 0.0]]).expand(2, 4))
 
 
 def test_the_rule_is_a_choice_and_the_sign_its_default() -> None:
