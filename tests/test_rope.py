@@ -147,6 +147,18 @@ def test_tables_start_where_the_cache_ends(start: int) -> None:
     assert torch.equal(sin, whole[1][start:])
 
 
+def test_tables_are_made_where_they_are_needed() -> None:
+    """On the device asked for: nothing is left behind on the CPU, and nothing is copied from it."""
+    for made in (*rope_table(V3, 3, 2, "meta"), yarn_ramp(64, 1e4, RopeScaling(), "meta")):
+        assert made.device.type == "meta"
+    for made in (
+        frequencies(64),
+        frequencies(64, scaling=RopeScaling()),
+        *rope_table(V3, 3, 2, "cpu"),
+    ):
+        assert (made.device.type, made.dtype) == ("cpu", torch.float32)
+
+
 def test_the_yardstick_turns_its_whole_head() -> None:
     config = ModelConfig.mini().replace(attention="gqa", v_head_dim=24)
     assert rope_table(config, 0, 3, "cpu")[0].shape == (3, 12)
@@ -175,7 +187,8 @@ def test_v3_temperature() -> None:
     assert softmax_scale(V3) == pytest.approx(0.135234, abs=5e-7)
     assert softmax_scale(PLAIN) == pytest.approx(0.0721688, abs=5e-8)
     assert softmax_scale(PLAIN) == pytest.approx(1 / math.sqrt(192))
-    assert yarn_mscale(1.0, 1.0) == 1.0
+    assert yarn_mscale(1.5, 1.0) == pytest.approx(1 + 0.1 * math.log(1.5))
+    assert yarn_mscale(1.0, 1.0) == yarn_mscale(0.5, 1.0) == 1.0  # nothing is stretched
     # All of V3's temperature is in the softmax scale, none in the rotation.
     cos, sin = rope_table(V3, 3, 5, "cpu")
     np.testing.assert_allclose(cos**2 + sin**2, np.ones((5, 32)), atol=1e-6)
@@ -188,6 +201,7 @@ def test_temperature_of_other_settings() -> None:
         (0.707, 0.707, 1 + 0.0707 * ln, 1.0),
         (1.0, 0.707, 1 + 0.0707 * ln, (1 + 0.1 * ln) / (1 + 0.0707 * ln)),
         (1.0, 0.0, 1.0, 1 + 0.1 * ln),
+        (0.0, 0.707, 1 + 0.0707 * ln, 1 + 0.1 * ln),
     ]:
         config = V3.replace(rope_scaling=RopeScaling(mscale=mscale, mscale_all_dim=all_dim))
         assert softmax_scale(config) == pytest.approx(in_softmax**2 / math.sqrt(192))
@@ -198,6 +212,13 @@ def test_temperature_of_other_settings() -> None:
 def test_the_yardstick_scales_by_its_own_width() -> None:
     config = ModelConfig.mini().replace(attention="gqa", v_head_dim=24)
     assert softmax_scale(config) == pytest.approx(24**-0.5)
+
+
+def test_the_ramp_ends_before_the_width() -> None:
+    """As in every implementation: pair 10.4 of one turn becomes 7, the width without one."""
+    scaling = RopeScaling(original_max_position_embeddings=163840, beta_fast=6000, beta_slow=1)
+    ramp = yarn_ramp(8, 50.0, scaling)
+    np.testing.assert_allclose(ramp, [0, 0, 1 / 6, 2 / 6], rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(40))
