@@ -130,12 +130,19 @@ def test_dtype_is_kept_and_bf16_is_turned_in_fp32() -> None:
     assert torch.equal(apply_rope(low, cos, sin), exact.float().bfloat16())
 
 
+def test_memory_may_lie_in_any_order() -> None:
+    cos, sin = rope_table(with_width(8), 0, 5, "cpu")
+    x = torch.randn(8, 5).T
+    assert torch.equal(apply_rope(x, cos, sin), apply_rope(x.contiguous(), cos, sin))
+
+
 # ----------------------------------------------------------------------------------------- tables
 
 
+@pytest.mark.parametrize("scaling", [None, RopeScaling()], ids=["plain", "yarn"])
 @pytest.mark.parametrize("start", [0, 1, 100, 4000])
-def test_tables_start_where_the_cache_ends(start: int) -> None:
-    config = with_width(16)
+def test_tables_start_where_the_cache_ends(start: int, scaling: RopeScaling | None) -> None:
+    config = with_width(16, rope_scaling=scaling)
     cos, sin = rope_table(config, start, 7, "cpu")
     assert cos.shape == sin.shape == (7, 8)
     for row in range(7):

@@ -78,14 +78,17 @@ def test_drafts_are_what_the_module_says_about_the_whole_text() -> None:
     for seed in range(6):
         model = agreeing(oracles.small_config(seed).replace(num_nextn_predict_layers=1), seed, 20)
         text, stats = generate(model, [1, 2, 3], 24)
-        fates, known = ["plain"], 4
+        fates, known, steps = ["plain"], 4, 0
         while known < 26:
+            steps += 1
             draft = model(text[:, :known], mtp=True).mtp_logits[0][0, -1].argmax()
             accepted = bool(draft == text[0, known])
             fates += ["accepted", "plain"] if accepted else ["rejected"]
             known += 2 if accepted else 1
         fates += ["plain"] * (27 - known)  # no room for a draft
         assert stats.fates == fates
+        assert stats.steps == steps + (27 - known)
+        assert (stats.drafted, stats.accepted) == (steps, fates.count("accepted"))
         kinds |= set(fates)
     assert kinds == {"plain", "accepted", "rejected"}
 
@@ -102,6 +105,10 @@ def test_every_place_of_a_stop_token() -> None:
                 out, stats = generate(model, rows, 14, stop_token=stop)
                 assert torch.equal(out, plain(model, rows, 14, stop_token=stop))
                 found.add(stats.fates[-1])
+                # Drafts count for rows that go on, not for those that only wait.
+                drafts = [i for i, fate in enumerate(stats.fates) if fate != "plain"]
+                alive = [(out[:, 3 : 3 + i] != stop).all(dim=1).sum() for i in drafts]
+                assert stats.accepted <= stats.drafted == sum(alive)
     assert found == {"plain", "accepted", "rejected"}
 
 
