@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -371,7 +372,7 @@ def test_what_we_write_is_in_the_official_config() -> None:
 def test_config_rewritten_by_transformers(tmp_path: Path, scaled: bool) -> None:
     """It moves rope_scaling and rope_theta into ``rope_parameters`` and adds keys of its own."""
     source = OFFICIAL if scaled else {**OFFICIAL, "rope_scaling": None}
-    DeepseekV3Config(**source).save_pretrained(tmp_path)
+    DeepseekV3Config(**copy.deepcopy(source)).save_pretrained(tmp_path)  # it fills in its own
     rewritten = json.loads((tmp_path / "config.json").read_text())
     assert rewritten["rope_parameters"]["rope_type"] == ("yarn" if scaled else "default")
     assert "rope_theta" not in rewritten

@@ -49,11 +49,15 @@ TESTS = {
 }
 """For each module the test files that are about it, without ``test_``. Not ``parity``, which keeps
 what it once computed: each change is tried in a fork of a process that has run all tests."""
+SLOW = "tests/test_speculative.py::test_sampled_text_has_the_distribution_of_plain_sampling"
+EVERY_THIRD = "*__mutmut_*[147]"
+SAMPLED = ("config", "mla", "moe", "fp8", "fp8_numbers", "speculative", "checkpoint")
+"""Of these, only changes whose number (they count from 1 in each function) ends in 1, 4 or 7."""
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["dsv3_mini"]
 only_mutate = ["dsv3_mini/{module}.py"]
-pytest_add_cli_args = ["-o", "addopts=", "-p", "no:cacheprovider"]
+pytest_add_cli_args = ["-o", "addopts=", "-p", "no:cacheprovider", "--deselect", "{slow}"]
 pytest_add_cli_args_test_selection = {tests}
 use_setproctitle = false
 use_git_change_detection = false
@@ -63,14 +67,20 @@ timeout_constant = 5.0
 HEAD = """\
 # Small changes all over, and what no test notices
 
-Written by `python -m tests.mutants.general --write`: every change that the rules of
-{tool} make, without sampling. Left alone are the text of errors (whatever stands in a `raise`),
-class fields and constants of modules. A change that makes a loop endless meets a limit on time,
-and is then tried again.
+Written by `python -m tests.mutants.general --write`: changes that the rules of {tool} make.
+Left alone are the text of errors (whatever stands in a `raise`), class fields and constants of
+modules. In {whole} every change is tried. In {sampled} every
+third: those whose number, counted from 1 in each function, ends in 1, 4 or 7. A change that makes
+a loop endless meets a limit on time, and is then tried again.
 
 """
-KILLED, SURVIVED, UNTESTED = (1, 3), 0, 33  # mutmut's own codes
-TOO_LONG = (24, -24, 36, 152, 255)
+FATES: dict[int | None, str] = {
+    **dict.fromkeys((1, 3), "killed"),
+    0: "survived",
+    **dict.fromkeys((24, -24, 36, 152, 255), "timed out"),
+    33: "no test gets there",
+}
+"""What mutmut means by a change's exit status."""
 
 Key = tuple[str, str, str, str]
 """Module, function, the lines that went, the lines that came: line numbers would not stay."""
@@ -130,10 +140,12 @@ def attempt(module: str) -> list[Change]:
     path = folder / "dsv3_mini" / f"{module}.py"
     path.write_text(prepare(path.read_text(encoding="utf-8")), encoding="utf-8")
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as settings:
-        settings.write(SETTINGS.format(module=module, tests=json.dumps(tests_of(module))))
-    mutmut(folder)
+        text = SETTINGS.format(module=module, tests=json.dumps(tests_of(module)), slow=SLOW)
+        settings.write(text)
+    mutmut(folder, *([EVERY_THIRD] if module in SAMPLED else []))
     # Whoever took too long gets a second chance: this process may have had to wait meanwhile.
-    if late := [name for name, code in codes(folder, module).items() if code in TOO_LONG]:
+    late = [name for name, code in codes(folder, module).items() if FATES.get(code) == "timed out"]
+    if late:
         mutmut(folder, *late)
     made = (folder / "mutants" / "dsv3_mini" / f"{module}.py").read_text(encoding="utf-8")
     return list(changes(module, made, codes(folder, module)))
@@ -170,6 +182,8 @@ def changes(module: str, made: str, code_of: Mapping[str, int | None]) -> Iterat
         if isinstance(node, ast.FunctionDef)
     }
     for name, code in code_of.items():
+        if code is None:  # not in the sample
+            continue
         name = name.rpartition(".")[2]
         stem = re.sub(r"__mutmut_\d+$", "", name)
         whole = f"{stem}__mutmut_orig"
@@ -182,25 +196,16 @@ def changes(module: str, made: str, code_of: Mapping[str, int | None]) -> Iterat
         )
         # x_f for a function, xǁCǁf for a method
         function = stem.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
-        yield Change(module, function, old, new, fate(code))
-
-
-def fate(code: int | None) -> str:
-    if code in KILLED:
-        return "killed"
-    if code in TOO_LONG:
-        return "timed out"
-    if code == SURVIVED:
-        return "survived"
-    return "no test gets there" if code == UNTESTED else f"exit status {code}"
+        yield Change(module, function, old, new, FATES.get(code, f"exit status {code}"))
 
 
 def results(module: str, fresh: bool) -> list[Change]:
     """Of one module: as noted by an earlier run if neither it nor its tests have changed since."""
     notes = SCRATCH / f"{module}.json"
     read = [ROOT / "dsv3_mini" / f"{module}.py", *(ROOT / test for test in tests_of(module))]
-    text = SETTINGS + version("mutmut") + "".join(path.read_text("utf-8") for path in read)
-    state = hashlib.sha256(text.encode()).hexdigest()
+    parts = [SETTINGS, version("mutmut"), str(module in SAMPLED)]
+    parts += [path.read_text(encoding="utf-8") for path in read]
+    state = hashlib.sha256("".join(parts).encode()).hexdigest()
     if not fresh and notes.exists():
         noted = json.loads(notes.read_text("utf-8"))
         if noted["state"] == state:
@@ -232,7 +237,9 @@ def row(name: str, found: Sequence[Change]) -> str:
 def table(found: dict[str, list[Change]], why: dict[Key, str], tool: str) -> str:
     """The report in Markdown, with the ``tool``'s name and version."""
     every = [change for part in found.values() for change in part]
-    lines = HEAD.format(tool=tool).splitlines()
+    whole = ", ".join(name for name in found if name not in SAMPLED)
+    sampled = ", ".join(name for name in found if name in SAMPLED)
+    lines = HEAD.format(tool=tool, whole=whole, sampled=sampled).splitlines()
     lines += ["| module | changes | killed | timed out | survived | caught |", "|-|-|-|-|-|-|"]
     lines += [row(f"`{name}.py`", part) for name, part in found.items()] + [row("all", every)]
     lines += ["", "Run for each module:", ""]
