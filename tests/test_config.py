@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_mini import ModelConfig
+from dsv3_mini import ModelConfig, Transformer
 from dsv3_mini.config import ConfigError, RopeScaling
 from dsv3_mini.moe import Gate
 
@@ -69,6 +69,8 @@ def test_the_spelling_of_transformers_5() -> None:
     assert ModelConfig.from_hf(hf) == PRESETS["v3"]
     hf["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
     assert ModelConfig.from_hf(hf) == PRESETS["v3"].replace(rope_theta=500.0, rope_scaling=None)
+    del hf["rope_parameters"]["rope_type"]  # nothing to stretch by: the same
+    assert ModelConfig.from_hf(hf) == PRESETS["v3"].replace(rope_theta=500.0, rope_scaling=None)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -79,6 +81,13 @@ def test_no_field_can_be_set(name: str) -> None:
             setattr(config, field.name, getattr(config, field.name))
     with pytest.raises(dataclasses.FrozenInstanceError):
         RopeScaling().factor = 1.0
+
+
+def test_the_limits_of_yarn() -> None:
+    """One position is the shortest text there is; beta_fast and beta_slow bound a ramp."""
+    assert RopeScaling(original_max_position_embeddings=1).original_max_position_embeddings == 1
+    with pytest.raises(ConfigError, match="beta_fast > beta_slow"):
+        RopeScaling(beta_fast=2.0, beta_slow=2.0)
 
 
 def test_replace_changes_a_copy() -> None:
@@ -124,6 +133,26 @@ def test_every_mechanism_is_on(name: str) -> None:
     # The latent is smaller than the keys and values it stands for.
     expanded = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
     assert config.kv_lora_rank + config.qk_rope_head_dim < expanded
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "experts", "groups", "kept", "longest"),
+    [
+        ("tiny", 53_624, 3, 4, 2, 128),
+        ("mini", 2_642_144, 4, 4, 2, 4096),
+        ("gpu", 519_575_680, 4, 8, 4, 4096),
+    ],
+)
+def test_a_preset_keeps_its_size(
+    name: str, parameters: int, experts: int, groups: int, kept: int, longest: int
+) -> None:
+    """What the notebooks measure and the tables count was measured on these; v3 is official."""
+    config = PRESETS[name]
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert (config.num_experts_per_tok, config.max_position_embeddings) == (experts, longest)
+    assert (config.n_group, config.topk_group) == (groups, kept)
 
 
 @pytest.mark.parametrize("name", PRESETS)
