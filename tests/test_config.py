@@ -83,6 +83,20 @@ def test_no_field_can_be_set(name: str) -> None:
         RopeScaling().factor = 1.0
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"first_k_dense_replace": 0, "num_nextn_predict_layers": 0, "n_shared_experts": 0},
+        {"first_k_dense_replace": 4},  # every layer
+        {"n_group": 16, "topk_group": 16},  # groups of one, but none has to be ranked
+        {"num_experts_per_tok": 8},  # all that two groups of four hold
+    ],
+)
+def test_what_is_just_allowed(changes: dict[str, Any]) -> None:
+    config = ModelConfig.mini().replace(**changes)
+    assert {name: getattr(config, name) for name in changes} == changes
+
+
 def test_the_limits_of_yarn() -> None:
     """One position is the shortest text there is; beta_fast and beta_slow bound a ramp."""
     assert RopeScaling(original_max_position_embeddings=1).original_max_position_embeddings == 1
@@ -112,6 +126,7 @@ def test_replace_changes_a_copy() -> None:
         ({"attention": "gqa", "v_head_dim": 31}, "v_head_dim"),
         ({"first_k_dense_replace": 5}, "first_k_dense_replace"),
         ({"moe_intermediate_sizes": 3}, "moe_intermediate_size"),
+        ({"vocab_size": 2**63}, "below 2"),  # torch counts in 64 bits
     ],
 )
 def test_replace_checks_again(changes: dict[str, Any], named: str) -> None:
