@@ -50,9 +50,12 @@ TESTS = {
 """For each module the test files that are about it, without ``test_``. Not ``parity``, which keeps
 what it once computed: each change is tried in a fork of a process that has run all tests."""
 SLOW = "tests/test_speculative.py::test_sampled_text_has_the_distribution_of_plain_sampling"
-EVERY_THIRD = "*__mutmut_*[147]"
-SAMPLED = ("config", "mla", "moe", "fp8", "fp8_numbers", "speculative", "checkpoint")
-"""Of these, only changes whose number (they count from 1 in each function) ends in 1, 4 or 7."""
+ENDINGS = {
+    "config": "147", "mla": "16", "moe": "16", "fp8": "16", "fp8_numbers": "16",
+    "speculative": "16", "checkpoint": "147",
+}  # fmt: skip
+"""A sample of the larger modules: changes count from 1 in each function, and these are the last
+digits of the numbers that are tried. All of the others."""
 SETTINGS = """
 [tool.mutmut]
 source_paths = ["dsv3_mini"]
@@ -69,10 +72,11 @@ HEAD = """\
 
 Written by `python -m tests.mutants.general --write`: changes that the rules of {tool} make.
 Left alone are the text of errors (whatever stands in a `raise`), class fields and constants of
-modules. In {whole} every change is tried. In {sampled} every
-third: those whose number, counted from 1 in each function, ends in 1, 4 or 7. A change that makes
-a loop endless meets a limit on time, and is then tried again.
+modules. Where the table has digits, it is a sample: mutmut numbers the changes of a function from
+1, and those are tried whose number ends in one of them. A change that makes a loop endless meets a
+limit on time, and is then tried again.
 
+| module | sample | changes | killed | timed out | survived | caught |
 """
 FATES: dict[int | None, str] = {
     **dict.fromkeys((1, 3), "killed"),
@@ -140,12 +144,12 @@ def attempt(module: str) -> list[Change]:
     path = folder / "dsv3_mini" / f"{module}.py"
     path.write_text(prepare(path.read_text(encoding="utf-8")), encoding="utf-8")
     with (folder / "pyproject.toml").open("a", encoding="utf-8") as settings:
-        text = SETTINGS.format(module=module, tests=json.dumps(tests_of(module)), slow=SLOW)
-        settings.write(text)
-    mutmut(folder, *([EVERY_THIRD] if module in SAMPLED else []))
+        tests = json.dumps(tests_of(module))
+        settings.write(SETTINGS.format(module=module, tests=tests, slow=SLOW))
+    mutmut(folder, *([f"*__mutmut_*[{ENDINGS[module]}]"] if module in ENDINGS else []))
     # Whoever took too long gets a second chance: this process may have had to wait meanwhile.
-    late = [name for name, code in codes(folder, module).items() if FATES.get(code) == "timed out"]
-    if late:
+    found = codes(folder, module)
+    if late := [name for name in found if FATES.get(found[name]) == "timed out"]:
         mutmut(folder, *late)
     made = (folder / "mutants" / "dsv3_mini" / f"{module}.py").read_text(encoding="utf-8")
     return list(changes(module, made, codes(folder, module)))
@@ -194,8 +198,7 @@ def changes(module: str, made: str, code_of: Mapping[str, int | None]) -> Iterat
             " ".join(line[2:].strip() for line in found if line.startswith(sign))
             for sign in ("- ", "+ ")
         )
-        # x_f for a function, xǁCǁf for a method
-        function = stem.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")
+        function = stem.removeprefix("x_").removeprefix("xǁ").replace("ǁ", ".")  # x_f or xǁCǁf
         yield Change(module, function, old, new, FATES.get(code, f"exit status {code}"))
 
 
@@ -203,7 +206,7 @@ def results(module: str, fresh: bool) -> list[Change]:
     """Of one module: as noted by an earlier run if neither it nor its tests have changed since."""
     notes = SCRATCH / f"{module}.json"
     read = [ROOT / "dsv3_mini" / f"{module}.py", *(ROOT / test for test in tests_of(module))]
-    parts = [SETTINGS, version("mutmut"), str(module in SAMPLED)]
+    parts = [SETTINGS, version("mutmut"), ENDINGS.get(module, "")]
     parts += [path.read_text(encoding="utf-8") for path in read]
     state = hashlib.sha256("".join(parts).encode()).hexdigest()
     if not fresh and notes.exists():
@@ -229,19 +232,17 @@ def row(name: str, found: Sequence[Change]) -> str:
     """Of the table: how many, killed, timed out, survived, the share."""
     fates = [change.fate for change in found]
     killed, late = fates.count("killed"), fates.count("timed out")
-    share = (killed + late) / len(found)
-    left = len(found) - killed - late
-    return f"| {name} | {len(found)} | {killed} | {late} | {left} | {share:.1%} |"
+    left, share = len(found) - killed - late, (killed + late) / len(found)
+    start = f"| {name} | {ENDINGS.get(name, '')} | {len(found)} |"
+    return f"{start} {killed} | {late} | {left} | {share:.1%} |"
 
 
 def table(found: dict[str, list[Change]], why: dict[Key, str], tool: str) -> str:
     """The report in Markdown, with the ``tool``'s name and version."""
     every = [change for part in found.values() for change in part]
-    whole = ", ".join(name for name in found if name not in SAMPLED)
-    sampled = ", ".join(name for name in found if name in SAMPLED)
-    lines = HEAD.format(tool=tool, whole=whole, sampled=sampled).splitlines()
-    lines += ["| module | changes | killed | timed out | survived | caught |", "|-|-|-|-|-|-|"]
-    lines += [row(f"`{name}.py`", part) for name, part in found.items()] + [row("all", every)]
+    lines = HEAD.format(tool=tool).splitlines()
+    lines += ["|-|-|-|-|-|-|-|", *(row(name, part) for name, part in found.items())]
+    lines += [row("all", every)]
     lines += ["", "Run for each module:", ""]
     lines += [f"- `{name}.py`: `{' '.join(tests_of(name))}`" for name in found]
     for name, part in found.items():
