@@ -230,11 +230,10 @@ def reasons() -> dict[Key, str]:
 
 def row(name: str, found: Sequence[Change]) -> str:
     """Of the table: how many, killed, timed out, survived, the share."""
-    fates = [change.fate for change in found]
+    fates, many = [change.fate for change in found], len(found)
     killed, late = fates.count("killed"), fates.count("timed out")
-    left, share = len(found) - killed - late, (killed + late) / len(found)
-    start = f"| {name} | {ENDINGS.get(name, '')} | {len(found)} |"
-    return f"{start} {killed} | {late} | {left} | {share:.1%} |"
+    counts = f"{many} | {killed} | {late} | {many - killed - late} | {(killed + late) / many:.1%}"
+    return f"| {name} | {ENDINGS.get(name, '')} | {counts} |"
 
 
 def table(found: dict[str, list[Change]], why: dict[Key, str], tool: str) -> str:
