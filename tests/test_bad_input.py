@@ -482,6 +482,7 @@ BAD_FOLDERS: list[Damage] = [
     ("no folder", "one", shutil.rmtree, ("one is not a folder", "config.json")),
     ("file for folder", "one", a_file_instead, ("one is not a folder", "config.json")),
     ("config of more experts", "one", config(n_routed_experts=16), ("48 tensors", "(8, 32)")),
+    ("config of countless experts", "one", config(n_routed_experts=60_000), ("120000 experts",)),
     ("config of fewer layers", "one", config(num_hidden_layers=1), ("not expected", "layers.2.")),
     ("no weights", "one", lambda f: (f / SINGLE).unlink(), (f"has no {SINGLE}", "missing shard")),
     ("missing shard", "many", lambda f: shard(f).unlink(), ("has no model-00002-of-", "fetch")),

@@ -17,7 +17,14 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 
 from dsv3_mini import shards
-from dsv3_mini.checkpoint import INDEX, SINGLE, CheckpointError, load_pretrained, save_pretrained
+from dsv3_mini.checkpoint import (
+    INDEX,
+    SINGLE,
+    CheckpointError,
+    load_pretrained,
+    named_weights,
+    save_pretrained,
+)
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.model import Transformer
 from tests.reference.configs import random_config, randomise
@@ -242,6 +249,16 @@ def test_mtp_can_be_left_out(tmp_path: Path, shard_bytes: int) -> None:
     kept = {n: t for n, t in model.state_dict().items() if not n.startswith("model.layers.2.")}
     assert main.state_dict().keys() == kept.keys()
     assert all(torch.equal(kept[name], tensor) for name, tensor in main.state_dict().items())
+
+
+def test_names_without_mtp_are_those_of_the_main_model() -> None:
+    """Also the last norm, which comes after the MTP layers."""
+    ours = tiny()
+    main = [name for name, _ in named_weights(ours) if not name.startswith("model.layers.2.")]
+    assert [name for name, _ in named_weights(ours, mtp=False)] == main
+    assert main[-1] == "model.norm.weight"
+    without = Transformer(ours.config.replace(num_nextn_predict_layers=0))
+    assert [name for name, _ in named_weights(without, mtp=False)] == main
 
 
 @pytest.mark.parametrize("depths", [1, 2])

@@ -112,6 +112,9 @@ def test_a_layer_and_single_experts_are_read_alone(tmp_path: Path) -> None:
     assert len(alone) == 6
     for name, tensor in alone.items():
         assert torch.equal(tensor, dict(named_weights(whole))[name])
+    every = load_tensors(tmp_path / "fp8", ".*", keep_fp8=True)
+    index = json.loads((tmp_path / "fp8" / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for _, tensor in every)
     codes = dict(load_tensors(tmp_path / "fp8", pattern, keep_fp8=True))
     assert Counter(t.dtype for t in codes.values()) == {torch.float8_e4m3fn: 6, torch.float32: 6}
     with pytest.raises(CheckpointError, match=r"no tensor in .* matches 'lm_hed'"):
