@@ -202,6 +202,20 @@ def test_bad_numbers_name_layer_and_operand(operand: str, bad: float) -> None:
         run(tensors)
 
 
+def test_a_weight_that_cannot_be_cast_is_found_in_a_whole_model() -> None:
+    """Linear layers and experts say which of them it was."""
+    for weight, name in (
+        ("experts.gate_proj", "experts"),
+        ("shared_experts.up_proj.weight", "shared_experts.up_proj"),
+    ):
+        model = oracles.shaken(ModelConfig.tiny())
+        convert_to_fp8(model)
+        model.get_parameter(f"model.layers.1.mlp.{weight}").data.fill_(torch.inf)
+        wanted = f"^model.layers.1.mlp.{name}: weight has infinite or NaN"
+        with pytest.raises(ValueError, match=wanted):
+            model(torch.tensor([[1, 2, 3]]))
+
+
 # ------------------------------------------------------------------------------------- whole models
 
 ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
