@@ -79,7 +79,7 @@ FULL = Plan(
     experts=(16, 64, 256), moe_tokens=(1, 2048),
     mla=ModelConfig.v3(), mla_contexts=(4096, 16_384),
     batches=(1, 2, 4, 8), widths=(128, 256, 512),
-    prompts=2, new_tokens=64, pace=Pace(3, 2.5), slow=Pace(2, 5.0),
+    prompts=2, new_tokens=64, pace=Pace(3, 1.5), slow=Pace(2, 4.0),
 )  # fmt: skip
 QUICK = Plan(
     sizes={"mini": MINI},
