@@ -49,7 +49,8 @@ def decided(model: Transformer, text: str, layer: int) -> tuple[Gate, Any]:
     gate: Any = model.model.layers[layer].get_submodule("mlp.gate")
     answers: list[Any] = []
     hook = gate.register_forward_hook(lambda _, inputs, answer: answers.append(answer))
-    model(torch.tensor([TOKENIZER.encode(text).ids]))
+    with torch.no_grad():  # as the explorer does: experts that learn add up in another order
+        model(torch.tensor([TOKENIZER.encode(text).ids]))
     hook.remove()
     return gate, answers[0]
 
