@@ -39,8 +39,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Routing | None]:  # fmt: skip
         """(B, T, D) to (B, T, D), and the routing if this layer has experts.
 
-        ``layer`` is the row of the cache to use, which for an MTP layer is 0. Source: report eq 12,
-        whose u_t is the stream x.
+        ``layer`` is the cache's row, 0 for an MTP layer. Source: report eq 12, whose u_t is x.
         """
         attended = self.self_attn(
             self.input_layernorm(x_BTD), cos_TR, sin_TR, cache, layer, absorb, fused

@@ -27,21 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_mini.fp8_numbers import (
-    E4M3,
-    E5M2,
-    LARGEST,
-    NAMES,
-    SQUARE,
-    TENSOR,
-    TILE,
-    Block,
-    backend,
-    dequantize,
-    matmul,
-    quantize,
-    require_finite,
-    values,
+from dsv3_mini.fp8_numbers import (  # isort: skip
+    E4M3, E5M2, LARGEST, NAMES, SQUARE, TENSOR, TILE, Block, backend, dequantize, matmul,
+    quantize, require_finite, values,
 )  # fmt: skip
 
 __all__ = [

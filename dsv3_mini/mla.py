@@ -14,8 +14,7 @@ whose first 512 numbers are also the value. For one new token absorbed does far 
 for a whole prompt, naive does. ``cheaper_to_absorb`` counts them.
 
 Legend: B batch, T new tokens, S tokens seen, H heads, D hidden, C kv_lora_rank,
-N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, K = C + R, M rows of one product (H x T or
-B x T).
+N qk_nope_head_dim, R qk_rope_head_dim, V v_head_dim, K = C + R, M a product's rows.
 """
 
 from __future__ import annotations

@@ -108,8 +108,7 @@ class Transformer(nn.Module):
     ) -> Cache:
         """An empty cache for ``batch`` sequences of up to ``max_len`` tokens.
 
-        ``mtp`` adds one for each MTP depth. ``expanded`` stores MLA's full keys and values, for
-        comparison. Raises CacheError.
+        ``mtp`` adds one a depth, ``expanded`` stores full keys and values. Raises CacheError.
         """
         config, parameter = self.config, self.lm_head.weight
         kind = KVCache if expanded or config.attention == "gqa" else LatentCache

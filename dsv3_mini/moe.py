@@ -101,10 +101,7 @@ class Gate(nn.Module):
 
 
 def weighted_swiglu(gate_RF: Tensor, up_RF: Tensor, weights_R1: Tensor) -> Tensor:
-    """silu(gate) * up, times the token's weight for the expert: what its last product reads.
-
-    The product is linear, so that weighing before it equals eq 12, which weighs its wider result.
-    """
+    """silu(gate) * up * weight. Eq 12 weighs the last product's result: it is linear, and wider."""
     return F.silu(gate_RF) * up_RF * weights_R1
 
 
@@ -155,10 +152,7 @@ class Experts(nn.Module):
     def in_blocks(
         self, run: Run, x_ND: Tensor, token_R: Tensor, weights_R1: Tensor, counts_E: Tensor
     ) -> Tensor:
-        """A few experts at a time, their rows gathered and added where they belong.
-
-        All rows at once are K times as large as x; a block of them stays in the core's cache.
-        """
+        """A few experts at a time: all rows at once are K times x, a block's stay in the cache."""
         step = max(1, len(counts_E) * BLOCK_ROWS // len(token_R))
         sizes = [int(counts.sum()) for counts in counts_E.split(step)]
         blocks = zip(
@@ -171,10 +165,7 @@ class Experts(nn.Module):
         return out_ND
 
     def for_one(self, x_D: Tensor, chosen: list[int], weights_K: Tensor) -> Tensor:
-        """One token, (D,): decoding has nothing to sort, and waits for memory and launches.
-
-        Each matrix is read by a product of its own; what lies between is done for all at once.
-        """
+        """One token, (D,): nothing to sort; what lies between the products is done once for all."""
         gate_KF, up_KF = (
             torch.stack([torch.mv(w[expert], x_D) for expert in chosen])
             for w in (self.gate_proj, self.up_proj)
@@ -188,10 +179,7 @@ class Experts(nn.Module):
     def in_turn(
         self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
     ) -> Tensor:
-        """Rows sorted by expert through one expert after the other, weighted; those without rest.
-
-        ``parts`` are gate_proj, up_proj and down_proj of the experts counted, if not all.
-        """
+        """Rows sorted by expert through one after the other; ``parts`` if not all are counted."""
         # Indexing would make a gradient as large as all experts for each one of them.
         experts = zip(*(w.unbind() for w in parts or self.parameters()), strict=True)
         sizes = counts_E.tolist()

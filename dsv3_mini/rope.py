@@ -42,8 +42,7 @@ def yarn_ramp(width: int, theta: float, scaling: RopeScaling, device: str = "cpu
     """How far each pair is interpolated: (width / 2,), 0 untouched, 1 divided by the factor.
 
     ``beta_fast`` and ``beta_slow`` count full turns over the training length: a pair that makes
-    more than 32 is left alone, one that makes less than 1 is divided. For V3 the ramp runs from
-    pair 10 to pair 23 of 32.
+    more than 32 is left alone, one that makes less than 1 is divided. V3's ramp: pairs 10 to 23.
     """
 
     def pair_with(turns: float) -> float:
@@ -65,8 +64,7 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """What every logit is multiplied by: 1/sqrt(192), times mscale squared under YaRN.
 
-    Source: report eq 10, 4.3; 0.135234 for V3. Content and rotary parts share it, in prefill and
-    in decoding alike.
+    Source: report eq 10, 4.3; 0.135234 for V3. Both parts share it, in prefill and decoding alike.
     """
     scale = 1 / math.sqrt(config.qk_head_dim)
     if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
