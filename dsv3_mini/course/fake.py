@@ -44,6 +44,8 @@ class _Named(TorchFunctionMode):
         if func is Tensor.__setitem__:
             x, key, value = args
             return torch.ops.aten.copy_(_take(x, key), value)
+        if func is Tensor.contiguous:
+            return args[0].clone(memory_format=torch.contiguous_format)
         if func is Tensor.__invert__:
             return torch.bitwise_not(*args)
         if func is Tensor.__bool__:
