@@ -456,3 +456,24 @@ def test_a_step_keeps_no_expert_s_result() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         moe.experts(x, routing.indices_BTK[0], routing.weights_BTK[0])
     assert sorted(width for width in kept.values() if width > 1) == [inner, inner, inner, 32]
+
+
+def test_brute_force_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x = some_moe(ModelConfig.tiny()), torch.randn(1, 3, 32)
+    calls: list[str] = []
+    monkeypatch.setattr(moe.experts, "dense", lambda x, *_: calls.append("dense") or x)
+    moe(x)
+    assert not calls
+    moe(x, dense=True)
+    assert calls == ["dense"]
+
+
+def test_blocks_only_where_nothing_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, x = some_moe(ModelConfig.tiny()), torch.randn(1, 9, 32)
+    calls: list[str] = []
+    monkeypatch.setattr(moe.experts, "in_blocks", lambda _, x, *__: calls.append("blocks") or x)
+    moe(x)
+    assert not calls
+    with torch.no_grad():
+        moe(x)
+    assert calls == ["blocks"]
