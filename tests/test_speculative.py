@@ -190,3 +190,15 @@ def test_statistics() -> None:
     assert stats.rate == 0.6
     assert stats.tokens_per_step == 7 / 4
     assert Acceptance().rate == Acceptance().tokens_per_step == 0.0
+
+
+def test_a_generator_alone_decides_the_draws() -> None:
+    """Whatever else has drawn random numbers meanwhile."""
+    p, q, draft = torch.randn(64, 5), torch.randn(64, 5), torch.randint(5, (64,))
+    answers = []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        mine = torch.Generator().manual_seed(7)
+        answers.append(verify(p, q, draft, 1.0, mine))
+    assert all(torch.equal(one, two) for one, two in zip(*answers, strict=True))
+    assert 0 < int(answers[0][1].sum()) < 64
