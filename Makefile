@@ -41,9 +41,10 @@ slides: .venv/.ready ## a deck for each notebook: build/slides
 bench: .venv/.ready ## beside transformers and a Llama, 20 minutes: the README's table, figures/bench.*
 	$(RUN) -m tests.bench --publish
 
-mutants: .venv/.ready ## make every known mistake on purpose, half an hour: a test must catch each
+mutants: .venv/.ready ## mistakes on purpose, large and small, an hour: a test must catch each
 	$(RUN) -m tests.mutants --write --jobs 2
 	$(RUN) -m tests.mutants.notebooks --write
+	$(RUN) -m tests.mutants.general --write
 
 coverage: .venv/.ready ## which lines of the package do unit tests reach? At least 95 %
 	$(RUN) -m tests.coverage
