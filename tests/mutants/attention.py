@@ -218,7 +218,7 @@ MUTANTS = [
     Mutant(
         8, "the absorbed path drops the mask when a cache is there", "mla.py",
         "        if new > 1:\n",
-        "        if new == seen:\n",
+        "        if new == latent_BSK.shape[1]:\n",
         MLA,
     ),
     Mutant(
