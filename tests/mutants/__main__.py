@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from tests.mutants import MISTAKES, MUTANTS
 from tests.mutants.mutant import Mutant
 from tests.mutants.witness import FILE
 
+Ignore = Callable[[str, list[str]], set[str]]
 REPORT = Path(__file__).with_name("report.md")
 COPIED = ("dsv3_mini", "tests", "pyproject.toml")
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "assets", "notebooks", "browser")
@@ -43,12 +44,14 @@ class Outcome:
     """The test that failed first; if none did as it should, what happened instead."""
 
 
-def copy(source: Path, target: Path) -> None:
-    """The package and its tests, without what no test of a mistake reads."""
+def copy(
+    source: Path, target: Path, names: Sequence[str] = COPIED, left_out: Ignore = LEFT_OUT
+) -> None:
+    """The package and its tests, without what no test of a mistake reads; or what is named."""
     target.mkdir()
-    for name in COPIED:
+    for name in names:
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name, ignore=LEFT_OUT)
+            shutil.copytree(source / name, target / name, ignore=left_out)
         else:
             shutil.copy2(source / name, target / name)
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.environment import FIXED, ROOT
+from tests.mutants.__main__ import copy
 from tests.mutants.mutant import Mutant
 from tests.notebooks.health import code_cells, read
 
@@ -111,16 +112,6 @@ class Outcome:
     """The first red cell and why it is red; if none is, what happened instead."""
 
 
-def copy(folder: Path) -> None:
-    """Everything that a notebook runs on."""
-    folder.mkdir()
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
-        else:
-            shutil.copy2(ROOT / name, folder / name)
-
-
 def run(folder: Path, chosen: Sequence[str]) -> tuple[int, list[tuple[str, str]]]:
     """Cells in order until the first red one: nbval's exit status; names, what is wrong or ''."""
     report = folder / "report.xml"
@@ -157,7 +148,7 @@ def attempt(mutant: Mutant) -> Outcome:
     (notebook,) = mutant.tests
     with tempfile.TemporaryDirectory(prefix="broken-") as scratch:
         folder = Path(scratch).resolve() / "copy"
-        copy(folder)
+        copy(ROOT, folder, COPIED, LEFT_OUT)
         path = folder / mutant.path
         text = path.read_text(encoding="utf-8")
         path.write_text(mutant.apply(text), encoding="utf-8")
