@@ -51,8 +51,8 @@ class Cache:
 
     def append(self, layer: int, *new: Tensor) -> tuple[Tensor, ...]:
         """Write T tokens of one layer after ``length``; return views of all length + T tokens."""
-        end = self.length + new[0].shape[-2]
         tokens, made = new[0].shape[-2], [tuple(value.shape) for value in new]
+        end = self.length + tokens
         room = [(*store.shape[1:-2], tokens, store.shape[-1]) for store in self.stores]
         if room != made:
             raise CacheError(

@@ -153,7 +153,7 @@ class Experts(nn.Module):
         self, run: Run, x_ND: Tensor, token_R: Tensor, weights_R1: Tensor, counts_E: Tensor
     ) -> Tensor:
         """A few experts at a time: all rows at once are K times x, a block's stay in the cache."""
-        step = max(1, len(counts_E) * BLOCK_ROWS // len(token_R))
+        step = max(1, len(counts_E) * BLOCK_ROWS // max(1, len(token_R)))
         sizes = [int(counts.sum()) for counts in counts_E.split(step)]
         blocks = zip(
             token_R.split(sizes), weights_R1.split(sizes), counts_E.split(step),
@@ -205,9 +205,9 @@ class Experts(nn.Module):
         return F.grouped_mm(inner_RF, down, offs=ends_E)
 
     def _can_group(self, x: Tensor, rows: int) -> bool:
-        """Where torch has the kernel, fp8 is not in place, and few experts would rest."""
+        """Where torch's kernel can run, fp8 is not in place, and few experts would rest."""
         aligned = all(size * x.element_size() % 16 == 0 for size in self.gate_proj.shape[1:])
-        if self.linear is not F.linear or not hasattr(F, "grouped_mm") or not aligned:
+        if self.linear is not F.linear or not aligned:
             return False
         if x.is_cuda:
             return x.dtype == torch.bfloat16

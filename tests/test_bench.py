@@ -26,6 +26,7 @@ from tests.bench.implementations import (
     EAGER,
     LLAMA,
     OURS,
+    Ours,
     active_parameters,
     assert_same,
     write_model,
@@ -36,6 +37,7 @@ from tests.bench.plan import FULL, QUICK, Plan, moe_config, scaled
 from tests.bench.products import PRODUCTS, record, replay
 from tests.bench.results import Machine, Results
 from tests.bench.timing import Entrant, Pace, Race, digits, duration, run_race, slope
+from tests.bench.whole import random_tokens
 
 TINY = ModelConfig.tiny().replace(num_nextn_predict_layers=0)
 SMALL_V3 = ModelConfig.v3().replace(
@@ -72,7 +74,7 @@ def tiny_results() -> Results:
 def test_everything_is_measured(tiny_results: Results) -> None:
     raced = {(race.what, race.size, race.at): set(race.seconds) for race in tiny_results.races}
     whole, moe = {OURS, DEFAULT, EAGER, LLAMA}, {OURS, DEFAULT, EAGER, layers.LIMIT}
-    expected: dict[tuple[str, str, int], set[str]] = {("training step", "tiny", 2): whole}
+    expected = {("training step", "tiny", 2): whole | {PRODUCTS}}
     for length, context in ((8, 5), (70, 70)):
         for what, at in (("prefill", length), ("decode", context)):
             expected[what, "tiny", at] = whole | {PRODUCTS}
@@ -88,6 +90,8 @@ def test_everything_is_measured(tiny_results: Results) -> None:
         expected["training step", "tiny, by width", width] = {OURS}
     expected["greedy decoding", "trained model", 5] = {"speculative", "plain decoding"}
     assert raced == expected
+    for race in tiny_results.races:
+        assert (PRODUCTS in race.seconds) == bool(race.launches), race.label
     samples = [times for race in tiny_results.races for times in race.seconds.values()]
     assert all(len(times) == 2 and min(times) > 0 for times in samples)
     assert {one.what for one in tiny_results.held} == {memory.TRAINING, memory.PREFILL, CACHE}
@@ -127,6 +131,7 @@ def test_results_are_written(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "bench.json", "bench.md", "bench.png",
     }  # fmt: skip
+    assert "our launches" in (tmp_path / "out/bench.md").read_text(encoding="utf-8")
     loaded = json.loads((tmp_path / "out/bench.json").read_text(encoding="utf-8"))
     assert loaded == json.loads(json.dumps(dataclasses.asdict(tiny_results)))
     assert (tmp_path / "out/bench.png").read_bytes().startswith(b"\x89PNG")
@@ -157,6 +162,20 @@ def test_every_product_of_the_model_is_recorded() -> None:
         with FlopCounterMode(display=False, custom_mapping=VECTORS) as products:
             replay(recorder)
         assert products.get_total_flops() == all_of_it.get_total_flops() > 0
+
+
+def test_products_of_a_training_step_are_those_of_both_passes() -> None:
+    ours = Ours(Transformer(TINY))
+    step = partial(ours.train, random_tokens(TINY, 8, 13))
+    step()  # makes the optimizer's state
+    with FlopCounterMode(display=False, custom_mapping=VECTORS) as all_of_it:
+        step()
+    recorder = record(step)
+    before = [parameter.detach().clone() for parameter in ours.model.parameters()]
+    with FlopCounterMode(display=False, custom_mapping=VECTORS) as products:
+        replay(recorder)
+    assert products.get_total_flops() == all_of_it.get_total_flops() > 0
+    torch.testing.assert_close(list(ours.model.parameters()), before, rtol=0, atol=0)
 
 
 def test_a_race_is_run_in_turn() -> None:

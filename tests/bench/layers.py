@@ -25,7 +25,7 @@ from tests.bench.implementations import (
 )
 from tests.bench.official import OfficialDecode
 from tests.bench.plan import MLA_RACE, MOE_SIZE, Plan, mla_size, moe_config, moe_name
-from tests.bench.products import PRODUCTS, record, replay
+from tests.bench.products import PRODUCTS, products_alone
 from tests.bench.timing import Entrant, Race, run_race, say
 from tests.reference.theirs import remembering
 
@@ -165,11 +165,11 @@ def mla_races(plan: Plan, threads: list[int]) -> list[Race]:
             OURS: Entrant(partial(layer.ours.step, context)),
             OFFICIAL: Entrant(partial(layer.official_step, context)),
             DEFAULT: Entrant(partial(layer.their_step, context), partial(layer.put_back, context)),
-            PRODUCTS: Entrant(partial(replay, record(partial(layer.ours.step, context)))),
         }
+        entrants[PRODUCTS], launches = products_alone(partial(layer.ours.step, context))
         for count in threads:
             torch.set_num_threads(count)
-            race = Race(MLA_RACE, mla_size(plan.mla), context, "tokens", count)
+            race = Race(MLA_RACE, mla_size(plan.mla), context, "tokens", count, launches=launches)
             # Not warmed: the comparison above has just run all three.
             races.append(run_race(race, entrants, plan.slow, warm=False))
     return races

@@ -3,6 +3,7 @@
 Whatever is fused or launched less, these products remain: the same kernels on the same tensors, in
 the same order, so that weights and cache come from the memory they came from. Our time over theirs
 is what everything else costs: norms, rotations, routing, Python, and the launch of each small one.
+Of a training step the products of the backward pass are replayed, too.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.bench.timing import Entrant
 
 PRODUCTS = "our products alone"
 KERNELS = (
     "mm", "bmm", "mv", "addmv", "addmm", "baddbmm", "_grouped_mm",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
 )  # fmt: skip
 VIEWS = (
     "view", "_unsafe_view", "expand", "t", "transpose", "permute", "select", "slice", "split",
@@ -47,14 +50,20 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
-def record(run: Callable[[], Tensor]) -> Recorder:
+def record(run: Callable[[], object]) -> Recorder:
     """What one ``run`` launches. It keeps the operands, so they stay as large as they were."""
     with Recorder() as recorder:
         run()
     if not recorder.products:
         raise RuntimeError("no product was recorded; add the kernel's name to KERNELS")
     return recorder
+
+
+def products_alone(run: Callable[[], object], times: int = 1) -> tuple[Entrant, dict[str, int]]:
+    """An entrant for ``run``'s race; and how many products and other launches ``run`` takes."""
+    recorder = record(run)
+    launches = {"products": len(recorder.products), "others": recorder.others}
+    return Entrant(partial(replay, recorder), times=times), launches
 
 
 @torch.no_grad()

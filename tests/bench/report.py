@@ -41,6 +41,11 @@ def cell(race: Race, name: str) -> str:
     return f"{duration(race.median(name))}, **{digits(middle)}** ({spread(low, high)})"
 
 
+def launches(race: Race) -> str:
+    """Matrix products, and everything else that one run of ours launches."""
+    return "{products:,} products, {others:,} others".format(**race.launches)
+
+
 def size_of(nbytes: float) -> str:
     """Bytes to three digits: 412 B, 1.25 MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
@@ -55,17 +60,20 @@ def race_tables(races: list[Race]) -> str:
     for what in dict.fromkeys(race.what for race in races):
         these = [race for race in races if race.what == what and len(race.seconds) > 1]
         names = list(dict.fromkeys(name for race in these for name in race.seconds))
+        counted = any(race.launches for race in these)
         rows = [
             [
                 race.size,
                 f"{race.at:,} {race.unit}",
                 str(race.threads),
                 *(cell(race, name) for name in names),
+                *([launches(race)] if counted else []),
             ]
             for race in sorted(these, key=lambda race: race.threads)
         ]
         if rows:
-            parts += [f"### {what}\n", table(["size", "at", "threads", *names], rows)]
+            head = ["size", "at", "threads", *names, *(["our launches"] if counted else [])]
+            parts += [f"### {what}\n", table(head, rows)]
     return "\n".join(parts)
 
 

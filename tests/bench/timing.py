@@ -47,6 +47,8 @@ class Race:
     """Of ``at``: tokens of a prompt or of context, experts, sequences, wide (hidden size)."""
     threads: int
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    """Products and others of one run of the first, where they were counted."""
 
     @property
     def label(self) -> str:

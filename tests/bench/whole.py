@@ -19,7 +19,7 @@ from tests.bench.implementations import (
     assert_same,
 )
 from tests.bench.plan import Plan, scaled
-from tests.bench.products import PRODUCTS, record, replay
+from tests.bench.products import PRODUCTS, products_alone
 from tests.bench.timing import Entrant, Race, run_race, say
 
 CHUNK = 512
@@ -48,11 +48,10 @@ def prefill(team: Team, size: str, config: ModelConfig, plan: Plan, threads: int
             name: Entrant(partial(one.prefill, tokens[:, :length]), one.choose)
             for name, one in team.items()
         }
-        products = record(partial(team[OURS].prefill, tokens[:, :length]))
-        entrants[PRODUCTS] = Entrant(partial(replay, products))
-        races.append(
-            run_race(Race("prefill", size, length, "tokens", threads), entrants, plan.pace)
-        )
+        ours = partial(team[OURS].prefill, tokens[:, :length])
+        entrants[PRODUCTS], launches = products_alone(ours)
+        race = Race("prefill", size, length, "tokens", threads, launches=launches)
+        races.append(run_race(race, entrants, plan.pace))
     return races
 
 
@@ -93,17 +92,11 @@ def decode(
             for name, one in team.items()
         }
         team[OURS].put_back(context)
-        products = record(partial(team[OURS].extend, new))
-        say(
-            f"{size}: a token at {context:,} takes {len(products.products)} products "
-            f"and {products.others} other launches"
-        )
-        entrants[PRODUCTS] = Entrant(partial(replay, products), times=STEPS)
+        entrants[PRODUCTS], launches = products_alone(partial(team[OURS].extend, new), STEPS)
         for count in threads:
             torch.set_num_threads(count)
-            races.append(
-                run_race(Race("decode", size, context, "tokens", count), entrants, plan.pace)
-            )
+            race = Race("decode", size, context, "tokens", count, launches=launches)
+            races.append(run_race(race, entrants, plan.pace))
         for one in team.values():
             one.put_back(context)
     return races, held
@@ -133,7 +126,9 @@ def training(team: Team, size: str, config: ModelConfig, plan: Plan, threads: in
     batch, length = plan.train
     tokens = random_tokens(config, batch, length + 1)
     entrants = {name: Entrant(partial(one.train, tokens), one.choose) for name, one in team.items()}
-    race = run_race(Race("training step", size, batch, "sequences", threads), entrants, plan.slow)
+    entrants[PRODUCTS], launches = products_alone(partial(team[OURS].train, tokens))
+    race = Race("training step", size, batch, "sequences", threads, launches=launches)
+    run_race(race, entrants, plan.slow)
     for one in team.values():
         one.forget_gradients()
     return race

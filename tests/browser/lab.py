@@ -59,12 +59,21 @@ class Lab:
         nbformat.write(notebook, self.folder / name)
         return name
 
-    def extended(self, name: str, *sources: str) -> str:
-        """A copy of a notebook with more code cells at its end, and its name."""
+    def part(self, name: str, marks: tuple[str, ...], *sources: str) -> str:
+        """A copy of a notebook with more code cells at its end, and its name.
+
+        Of its own code cells it has the imports, and those that contain one of ``marks``: nbval
+        runs all of them, and most of a notebook's time goes into training. ValueError if a mark
+        is nowhere.
+        """
         notebook = nbformat.read(self.folder / name, as_version=4)
-        notebook.cells += [nbformat.v4.new_code_cell(source) for source in sources]
-        nbformat.write(notebook, self.folder / f"extended_{name}")
-        return f"extended_{name}"
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        if lost := [mark for mark in marks if not any(mark in cell.source for cell in code)]:
+            raise ValueError(f"{name} has no code cell with {lost}; name what its cells contain")
+        kept = code[:2] + [c for c in code[2:] if any(mark in c.source for mark in marks)]
+        notebook.cells = kept + [nbformat.v4.new_code_cell(source) for source in sources]
+        nbformat.write(notebook, self.folder / f"part_{name}")
+        return f"part_{name}"
 
 
 @contextmanager

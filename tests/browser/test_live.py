@@ -221,7 +221,8 @@ def test_notebook_05_ends_with_a_picture_and_a_run_to_start(
     notebook: Notebook, keep: Callable[..., None]
 ) -> None:
     """The scripted run's last picture is on the page; the reader's run waits, and can be had."""
-    notebook.open(notebook.lab.extended("05_load_balancing.ipynb", SCRIPTED), seconds=300)
+    marks = ("live = LiveBalance(", "live.picture()")
+    notebook.open(notebook.lab.part("05_load_balancing.ipynb", marks, SCRIPTED))
     said = notebook.run("# the scripted run").strip()
     notebook.show("live = LiveBalance(run)")
     assert status(notebook) == ("ended", 240)
@@ -262,7 +263,8 @@ def expect_routing(notebook: Notebook, seen: str, **values: object) -> str:
 
 def test_a_sentence_of_ones_own_is_routed(notebook: Notebook, keep: Callable[..., None]) -> None:
     """Notebook 04: layer and token by keyboard, another text, and an empty one."""
-    notebook.open(notebook.lab.extended("04_deepseek_moe.ipynb", ROUTED), seconds=300)
+    marks = ("train(model, corpus", "import routing_explorer", "RoutingExplorer(")
+    notebook.open(notebook.lab.part("04_deepseek_moe.ipynb", marks, ROUTED))
     first, *_ = told(notebook, "# the explorer", "RoutingExplorer(")
     seen = expect_routing(notebook, "", **first)
     keep(notebook, "-start")
