@@ -8,7 +8,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 AS_ROOT := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help lab test notebooks exercises index figures site slides bench mutants coverage faults clean
+.PHONY: help lab test browser notebooks exercises index figures site slides bench mutants coverage faults clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -e 's/:.*## /	/' | expand -t 12
@@ -18,6 +18,9 @@ lab: .venv/.ready ## open JupyterLab on the first notebook (loopback only, token
 
 test: .venv/.ready ## lint, types, unit tests, every notebook against its committed outputs
 	$(RUN) -m tests
+
+browser: .venv/.ready ## explorers, site and slides in Chromium, where one is installed
+	$(RUN) -m tests browser
 
 notebooks: .venv/.ready ## re-execute every notebook in place, ready to commit
 	$(RUN) -m tests.notebooks.execute

@@ -1,7 +1,8 @@
 """Run everything that must hold before a commit: ``python -m tests``, or some stages by name.
 
-The stages run in order and all of them, so that one run shows everything that is wrong. The last
-line is the verdict; the line before it counts the tests and notebook cells that really ran.
+The stages run in order and all of them, so that one run shows everything that is wrong; only
+``browser``, which needs Chromium and several minutes more, waits until it is named. The last line
+is the verdict; the line before it counts the tests and notebook cells that really ran.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.browser.lab import chromium
 from tests.environment import EXERCISES, FIXED, NOTEBOOKS, ROOT, notebook_paths
 from tests.notebooks import health
 
@@ -24,14 +26,17 @@ COMMANDS = {
     "lint": ["ruff", "check", "."],
     "format": ["ruff", "format", "--check", "."],
     "types": ["mypy"],
-    # Two processes, a file in one of them, since its tests share what it made. By name: the
-    # browser's files, which take longest, then do not come last.
-    "tests": ["pytest", "tests", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"],
+    # Two processes, a file in one of them, since its tests share what it made.
+    "tests": ["pytest", "tests", "--ignore=tests/browser", "-n", "2", "--dist", "loadfile",
+              "--no-loadscope-reorder"],
     # A test writes the student's notebooks anew, runs them and compares: not twice. A notebook's
     # cells share a kernel, so that it is in one process, too.
     "notebooks": ["pytest", "--nbval", "notebooks", "--ignore=notebooks/exercises",
                   "-n", "2", "--dist", "loadfile"],
+    "browser": ["pytest", "tests/browser", "-n", "2", "--dist", "loadgroup"],
 }  # fmt: skip
+NAMED = ("browser",)
+"""Stages that run only where they are named."""
 
 
 @dataclass
@@ -52,6 +57,9 @@ def run_stage(name: str) -> Result:
     """Run one stage, its output going straight to the terminal."""
     command = COMMANDS[name]
     print(f"\n== {name}: {' '.join(command)}", flush=True)
+    if name == "browser" and chromium() is None:
+        print("no Chromium found; name one in the variable DSV3_CHROMIUM")
+        return Result(name, True, 0.0, summary="nothing in a browser, for want of one")
     if name == "notebooks" and not notebook_paths(recurse=True):
         print("no notebook found")
         missing = NOTEBOOKS.is_dir()  # before the first notebook there is no folder
@@ -139,14 +147,18 @@ def closing_lines(results: list[Result], seconds: float) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests", description="Run every check.")
-    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(COMMANDS))
+    names = ", ".join(COMMANDS)
+    parser.add_argument(
+        "stages", nargs="*", metavar="STAGE", help=f"{names}; default: all but the last"
+    )
     chosen: list[str] = parser.parse_args().stages
     unknown = set(chosen) - set(COMMANDS)
     if unknown:
-        parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {', '.join(COMMANDS)}")
+        parser.error(f"unknown stage {', '.join(sorted(unknown))}; there are {names}")
+    chosen = chosen or [name for name in COMMANDS if name not in NAMED]
 
     start = time.perf_counter()
-    results = [run_stage(name) for name in COMMANDS if name in chosen or not chosen]
+    results = [run_stage(name) for name in COMMANDS if name in chosen]
     print()
     for result in results:
         verdict = "passed" if result.ok else "FAILED"

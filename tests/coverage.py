@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
                 cwd=ROOT, env=os.environ | FIXED, stdin=subprocess.DEVNULL, check=False,
             ).returncode  # fmt: skip
 
-        failed = coverage("run", "-m", *command, "--ignore=tests/browser")
+        failed = coverage("run", "-m", *command)
         missed = coverage("combine", "--quiet") or coverage(
             "report", "--show-missing", "--skip-covered", f"--fail-under={LEAST}"
         )

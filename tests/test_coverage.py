@@ -14,7 +14,7 @@ def test_one_file_does_not_reach_enough() -> None:
     # Where the tests themselves are measured, the processes that they start would be, too.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.coverage", "tests/test_config.py"],
+        [sys.executable, "-m", "tests.coverage", "tests/test_config.py", "-n0"],
         cwd=ROOT, env=kept, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr

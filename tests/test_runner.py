@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import __main__ as runner
 from tests.__main__ import Result, closing_lines, count, duration
 
 
@@ -62,6 +63,30 @@ def test_closing_lines() -> None:
         "214 passed, 0 failed, 2 skipped",
         "failed: types; passed: lint, 214 tests; in 9.0 s",
     ]
+
+
+def test_a_browser_is_not_opened_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def pretend(name: str) -> Result:
+        ran.append(name)
+        return Result(name, ok=True, seconds=0)
+
+    monkeypatch.setattr(runner, "run_stage", pretend)
+    for words in ([], ["browser"], ["types", "lint"]):
+        monkeypatch.setattr("sys.argv", ["tests", *words])
+        assert runner.main() == 0
+    assert ran == ["lint", "format", "types", "tests", "notebooks", "browser", "lint", "types"]
+
+
+def test_without_a_browser_its_stage_says_so_and_runs_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "chromium", lambda: None)
+    monkeypatch.setattr("subprocess.run", lambda *words, **options: pytest.fail("it ran"))
+    result = runner.run_stage("browser")
+    assert (result.ok, result.passed) == (True, 0)
+    assert "no Chromium found" in capsys.readouterr().out
 
 
 def test_duration() -> None:
