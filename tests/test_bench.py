@@ -38,6 +38,7 @@ from tests.bench.products import PRODUCTS, record, replay
 from tests.bench.results import Machine, Results
 from tests.bench.timing import Entrant, Pace, Race, digits, duration, run_race, slope
 from tests.bench.whole import random_tokens
+from tests.environment import ROOT
 
 TINY = ModelConfig.tiny().replace(num_nextn_predict_layers=0)
 SMALL_V3 = ModelConfig.v3().replace(
@@ -350,3 +351,10 @@ def test_times_of_notebooks_are_summed() -> None:
     cases = [case.format(name, time) for name, time in (("a", 1.5), ("b", 2), ("a", 0.25))]
     xml = f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>"
     assert notebooks.read_report(xml) == {"notebooks.a": 1.75, "notebooks.b": 2.0}
+
+
+def test_the_readme_says_what_the_benchmark_counted() -> None:
+    recorded = json.loads((ROOT / "figures/bench.json").read_text(encoding="utf-8"))
+    race = next(r for r in recorded["races"] if (r["what"], r["size"]) == ("decode", "mini"))
+    said = "{products} products and {others} other small operations".format(**race["launches"])
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
