@@ -204,9 +204,15 @@ class Notebook:
         assert not wrong, "\n".join(wrong)
 
     def picture_hash(self) -> str:
-        """The SHA-256 of the widget's picture, once it has been drawn."""
+        """The SHA-256 of the widget's picture, once it has been drawn.
+
+        Decoding fails where another picture comes just then: so it is tried again for a second.
+        """
         return self.cell.locator("img.widget-image").last.evaluate(
-            """async image => { await image.decode();
+            """async image => {
+            for (let left = 20; ; left--) {
+                try { await image.decode(); break } catch (error) { if (!left) throw error }
+                await new Promise(done => setTimeout(done, 50)) }
             const bytes = await (await fetch(image.src)).arrayBuffer();
             const hash = new Uint8Array(await crypto.subtle.digest('SHA-256', bytes));
             return Array.from(hash, byte => byte.toString(16).padStart(2, '0')).join('') }"""

@@ -221,7 +221,7 @@ def test_notebook_05_ends_with_a_picture_and_a_run_to_start(
     notebook: Notebook, keep: Callable[..., None]
 ) -> None:
     """The scripted run's last picture is on the page; the reader's run waits, and can be had."""
-    marks = ("live = LiveBalance(", "live.picture()")
+    marks = ("plan = {", "live = LiveBalance(", "live.picture()")
     notebook.open(notebook.lab.part("05_load_balancing.ipynb", marks, SCRIPTED))
     said = notebook.run("# the scripted run").strip()
     notebook.show("live = LiveBalance(run)")
