@@ -81,6 +81,8 @@ def test_torch_accepts_what_a_card_would_get(m: int, k: int, n: int, square: boo
     for scales in ((scale_a, scale_b), (scale_a, scale_b.T.contiguous().T)):
         out = _scaled_mm(a, b, *scales)
         assert (out.shape, out.dtype) == ((m, n), torch.float32)
+    if torch.__version__ >= "2.14":
+        pytest.skip("this torch's meta device looks at no scale: that it took these says little")
     with pytest.raises(RuntimeError, match="scale"):  # so the meta device does look
         _scaled_mm(a, b, torch.empty(m, k // 128 + 1, device="meta"), scale_b)
 
