@@ -1,4 +1,4 @@
-"""Which lines of the package do unit tests reach? ``python -m tests.coverage``, half an hour.
+"""Which lines of the package do unit tests reach? ``python -m tests.coverage``, 15 minutes.
 
 The tests run as in ``python -m tests``, without the browser's, and the processes that they start
 are counted, too; copies of the package, as tests make some, are not. Words are pytest's: names of
