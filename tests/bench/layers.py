@@ -166,7 +166,7 @@ def mla_races(plan: Plan, threads: list[int]) -> list[Race]:
             OFFICIAL: Entrant(partial(layer.official_step, context)),
             DEFAULT: Entrant(partial(layer.their_step, context), partial(layer.put_back, context)),
         }
-        entrants[PRODUCTS], launches = products_alone(partial(layer.ours.step, context))
+        entrants[PRODUCTS], launches = products_alone(entrants[OURS])
         for count in threads:
             torch.set_num_threads(count)
             race = Race(MLA_RACE, mla_size(plan.mla), context, "tokens", count, launches=launches)

@@ -59,11 +59,11 @@ def record(run: Callable[[], object]) -> Recorder:
     return recorder
 
 
-def products_alone(run: Callable[[], object], times: int = 1) -> tuple[Entrant, dict[str, int]]:
-    """An entrant for ``run``'s race; and how many products and other launches ``run`` takes."""
-    recorder = record(run)
+def products_alone(ours: Entrant) -> tuple[Entrant, dict[str, int]]:
+    """Who races against ``ours`` with its products; and how many launches of each kind it takes."""
+    recorder = record(ours.run)
     launches = {"products": len(recorder.products), "others": recorder.others}
-    return Entrant(partial(replay, recorder), times=times), launches
+    return Entrant(partial(replay, recorder), times=ours.times), launches
 
 
 @torch.no_grad()

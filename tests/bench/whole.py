@@ -48,8 +48,7 @@ def prefill(team: Team, size: str, config: ModelConfig, plan: Plan, threads: int
             name: Entrant(partial(one.prefill, tokens[:, :length]), one.choose)
             for name, one in team.items()
         }
-        ours = partial(team[OURS].prefill, tokens[:, :length])
-        entrants[PRODUCTS], launches = products_alone(ours)
+        entrants[PRODUCTS], launches = products_alone(entrants[OURS])
         race = Race("prefill", size, length, "tokens", threads, launches=launches)
         races.append(run_race(race, entrants, plan.pace))
     return races
@@ -92,7 +91,7 @@ def decode(
             for name, one in team.items()
         }
         team[OURS].put_back(context)
-        entrants[PRODUCTS], launches = products_alone(partial(team[OURS].extend, new), STEPS)
+        entrants[PRODUCTS], launches = products_alone(entrants[OURS])
         for count in threads:
             torch.set_num_threads(count)
             race = Race("decode", size, context, "tokens", count, launches=launches)
@@ -126,7 +125,7 @@ def training(team: Team, size: str, config: ModelConfig, plan: Plan, threads: in
     batch, length = plan.train
     tokens = random_tokens(config, batch, length + 1)
     entrants = {name: Entrant(partial(one.train, tokens), one.choose) for name, one in team.items()}
-    entrants[PRODUCTS], launches = products_alone(partial(team[OURS].train, tokens))
+    entrants[PRODUCTS], launches = products_alone(entrants[OURS])
     race = Race("training step", size, batch, "sequences", threads, launches=launches)
     run_race(race, entrants, plan.slow)
     for one in team.values():
