@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dsv3_mini.cache import Cache
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.layers import attend
+from dsv3_mini.layers import Linear, attend
 from dsv3_mini.rope import apply_rope, softmax_scale
 
 
@@ -25,10 +25,10 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = config
         width, hidden = config.v_head_dim, config.hidden_size
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * width, bias=False)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * width, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * width, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * width, bias=False)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * width, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * width, hidden, bias=False)
 
     def forward(
         self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: Cache | None = None,

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,9 @@ from dsv3_mini.fp8_numbers import (  # isort: skip
 )  # fmt: skip
 
 __all__ = [
-    "E4M3", "E5M2", "KEPT", "LARGEST", "NAMES", "SQUARE", "TENSOR", "TILE", "Block", "Format",
-    "Fp8Linear", "Recipe", "backend", "convert_to_fp8", "dequantize", "formats", "linear",
-    "matmul", "quantize", "values",
+    "E4M3", "E5M2", "KEPT", "LARGEST", "NAMES", "SQUARE", "TENSOR", "TILE", "Block",
+    "Fp8Linear", "Recipe", "backend", "convert_to_fp8", "dequantize", "linear", "matmul",
+    "quantize", "values",
 ]  # fmt: skip
 
 KEPT = ("lm_head", "eh_proj", "gate")
@@ -164,47 +164,3 @@ def convert_to_fp8(
 def _has_product(module: nn.Module) -> bool:
     """An ``nn.Linear``, or a module that multiplies by its ``linear`` (experts, router)."""
     return isinstance(module, nn.Linear) or callable(getattr(module, "linear", None))
-
-
-class Format(NamedTuple):
-    """How one matrix of a model takes part in its three products."""
-
-    name: str
-    stored: str
-    input: str
-    weight: str
-    gradient: str
-
-
-def formats(model: nn.Module) -> list[Format]:
-    """Of every parameter, in the model's order: its dtype, and the formats of its products.
-
-    A parameter that takes part in no cast product has its own dtype everywhere.
-    """
-    recipes: dict[str, Recipe] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        hook = getattr(module, "linear", None)
-        if isinstance(module, Fp8Linear):
-            recipes[name] = module.recipe
-        elif isinstance(hook, partial):
-            recipes[name] = hook.keywords["recipe"]
-    rows = []
-    for name, parameter in model.named_parameters():
-        own = str(parameter.dtype).removeprefix("torch.")
-        recipe = recipes.get(name.rpartition(".")[0])
-        if recipe is None:
-            rows.append(Format(name, own, own, own, own))
-            continue
-        cast = [
-            (recipe.forward, recipe.input_block),
-            (recipe.forward, recipe.weight_block),
-            (recipe.gradient, recipe.gradient_block),
-        ]
-        rows.append(Format(name, own, *(_describe(*each) for each in cast)))
-    return rows
-
-
-def _describe(dtype: torch.dtype, block: Block) -> str:
-    if dtype not in NAMES:
-        return str(dtype).removeprefix("torch.")
-    return f"{NAMES[dtype]} {'x'.join('all' if n is None else str(n) for n in block)}"

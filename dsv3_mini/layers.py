@@ -1,10 +1,11 @@
-"""The small parts that every layer shares: RMSNorm, SwiGLU, and softmax attention itself.
+"""The small parts that layers share: products, RMSNorm, SwiGLU, and softmax attention itself.
 
 Why one attention function: MLA and its yardstick (MHA, GQA, MQA) differ in how queries, keys and
 values are made and stored, not in what is done with them. ``attend`` has two paths that a test
 proves equal: the explicit one is equation 10 as written, the fused one is torch's kernel.
 
-Legend: B batch, T new tokens, S tokens seen so far (keys), H heads, D width of a head or model.
+Legend: B batch, T new tokens, S tokens seen so far (keys), H heads, D width of a head or model,
+M rows, I inputs, O outputs, P threads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FEW_ROWS, MANY_WEIGHTS = 64, 2**16
+"""``linear`` shares a product out up to so many rows and from so many weights: found by timing."""
 
 
 class RMSNorm(nn.Module):
@@ -30,14 +34,40 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., I) times weight (O, I) transposed: (..., O), ``F.linear`` on every CPU thread.
+
+    A decode step waits for weights. In fp32 torch reads those of a product with few rows on one
+    thread, but shares a batch of products out: here each thread's is a part of the outputs.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or weight.numel() < MANY_WEIGHTS or torch.is_grad_enabled():
+        return F.linear(x, weight)
+    outputs, inputs = weight.shape
+    rows, ours = x.numel() // inputs, (x.device.type, x.dtype) == ("cpu", torch.float32)
+    if not ours or rows > FEW_ROWS or outputs % threads:
+        return F.linear(x, weight)
+    x_PMI = x.reshape(1, rows, inputs).expand(threads, -1, -1)
+    out_PMO = torch.bmm(x_PMI, weight.view(threads, -1, inputs).mT)
+    return out_PMO.transpose(0, 1).reshape(*x.shape[:-1], outputs)
+
+
+class Linear(nn.Linear):
+    """An ``nn.Linear`` that multiplies by ``linear``; for those without bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return linear(input, self.weight)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)): the dense feed-forward, one expert, and the shared expert."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner, bias=False)
+        self.up_proj = Linear(width, inner, bias=False)
+        self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x (..., width)."""

@@ -20,7 +20,7 @@ from dsv3_mini.balance import batch_balance_loss, sequence_balance_loss
 from dsv3_mini.block import DecoderLayer
 from dsv3_mini.cache import Cache, CacheError, KVCache, LatentCache
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.layers import RMSNorm
+from dsv3_mini.layers import Linear, RMSNorm
 from dsv3_mini.moe import Experts, Gate, Routing
 from dsv3_mini.mtp import MTPLayer
 from dsv3_mini.rope import rope_table
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.model = Backbone(config, self.lm_head)
         self.apply(self._initialise)
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.layers import SwiGLU
+from dsv3_mini.layers import SwiGLU, linear
 
 Parts = Sequence[Tensor]
 Run = Callable[[Tensor, Tensor, Tensor, Parts | None], Tensor]
@@ -55,7 +55,7 @@ class Gate(nn.Module):
     """The router. ``e_score_correction_bias`` is a buffer: moved by a rule, never by a gradient."""
 
     e_score_correction_bias: Tensor
-    linear = staticmethod(F.linear)  # fp8 puts its own in place of it
+    linear = staticmethod(linear)  # fp8 puts its own in place of it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Gate(nn.Module):
         return Routing(scores_BTE, indices_BTK, weights_BTK * config.routed_scaling_factor)
 
 
-def weighted_swiglu(gate_RF: Tensor, up_RF: Tensor, weights_R1: Tensor) -> Tensor:
+def weighted_swiglu(gate_RF: Tensor, up_RF: Tensor, weights_R1: Tensor | float) -> Tensor:
     """silu(gate) * up * weight. Eq 12 weighs the last product's result: it is linear, and wider."""
     return F.silu(gate_RF) * up_RF * weights_R1
 
@@ -111,7 +111,7 @@ class Experts(nn.Module):
     The official checkpoint stores them one by one; ``checkpoint`` stacks and unstacks.
     """
 
-    linear = staticmethod(F.linear)  # fp8 puts its own in place of it
+    linear = staticmethod(linear)  # fp8 puts its own in place of it
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,23 +122,26 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def one(self, expert: int, x_ND: Tensor) -> Tensor:
-        """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D)."""
-        return self._swiglu(
-            x_ND, self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert]
-        )
+    def one(self, expert: int, x_ND: Tensor, weights_N1: Tensor | float = 1.0) -> Tensor:
+        """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D), times ``weights_N1``."""
+        parts = self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert]
+        return self._swiglu(x_ND, weights_N1, *parts)
 
-    def _swiglu(self, x_ND: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-        inner_NF = F.silu(self.linear(x_ND, gate_FD)) * self.linear(x_ND, up_FD)
-        return self.linear(inner_NF, down_DF)
+    def _swiglu(
+        self, x_ND: Tensor, weights_N1: Tensor | float, gate_FD: Tensor, up_FD: Tensor,
+        down_DF: Tensor,
+    ) -> Tensor:  # fmt: skip
+        gate_NF, up_NF = self.linear(x_ND, gate_FD), self.linear(x_ND, up_FD)
+        return self.linear(weighted_swiglu(gate_NF, up_NF, weights_N1), down_DF)
 
     def forward(self, x_ND: Tensor, indices_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Each token through its K experts, weighted and summed: (N, D). Sorted by expert."""
         flat = indices_NK.flatten()
         weights_NK = weights_NK.to(x_ND.dtype)
         group, learns = self._can_group(x_ND, len(flat)), torch.is_grad_enabled()
-        if len(x_ND) == 1 and self.linear is F.linear and not (group or learns):
-            return self.for_one(x_ND[0], flat.tolist(), weights_NK[0])[None]
+        if len(x_ND) == 1 and not (group or learns):  # nothing to sort
+            chosen = zip(flat.tolist(), weights_NK[0], strict=True)
+            return sum((self.one(expert, x_ND, g) for expert, g in chosen), torch.zeros_like(x_ND))
         order_R = flat.argsort(stable=True)
         token_R, weights_R1 = order_R // indices_NK.shape[1], weights_NK.flatten()[order_R, None]
         counts_E = _count(flat, self.gate_proj.shape[0])
@@ -164,18 +167,6 @@ class Experts(nn.Module):
             out_ND.index_add_(0, token, run(x_ND.index_select(0, token), weights, counts, parts))
         return out_ND
 
-    def for_one(self, x_D: Tensor, chosen: list[int], weights_K: Tensor) -> Tensor:
-        """One token, (D,): nothing to sort; what lies between the products is done once for all."""
-        gate_KF, up_KF = (
-            torch.stack([torch.mv(w[expert], x_D) for expert in chosen])
-            for w in (self.gate_proj, self.up_proj)
-        )
-        inner_KF = weighted_swiglu(gate_KF, up_KF, weights_K[:, None])
-        out_D = torch.zeros_like(x_D)
-        for expert, inner_F in zip(chosen, inner_KF, strict=True):
-            out_D = torch.addmv(out_D, self.down_proj[expert], inner_F)
-        return out_D
-
     def in_turn(
         self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
     ) -> Tensor:
@@ -184,12 +175,11 @@ class Experts(nn.Module):
         experts = zip(*(w.unbind() for w in parts or self.parameters()), strict=True)
         sizes = counts_E.tolist()
         outs = []
-        for rows, weights, (gate_FD, up_FD, down_DF) in zip(
+        for rows, weights, expert in zip(
             rows_RD.split(sizes), weights_R1.split(sizes), experts, strict=True
         ):
             if len(rows):
-                gate, up = self.linear(rows, gate_FD), self.linear(rows, up_FD)
-                outs.append(self.linear(weighted_swiglu(gate, up, weights), down_DF))
+                outs.append(self._swiglu(rows, weights, *expert))
         return torch.cat(outs) if outs else rows_RD
 
     def grouped(
@@ -207,7 +197,7 @@ class Experts(nn.Module):
     def _can_group(self, x: Tensor, rows: int) -> bool:
         """Where torch's kernel can run, fp8 is not in place, and few experts would rest."""
         aligned = all(size * x.element_size() % 16 == 0 for size in self.gate_proj.shape[1:])
-        if self.linear is not F.linear or not aligned:
+        if self.linear is not linear or not aligned:
             return False
         if x.is_cuda:
             return x.dtype == torch.bfloat16

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from dsv3_mini.block import DecoderLayer
 from dsv3_mini.cache import Cache
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.layers import RMSNorm
+from dsv3_mini.layers import Linear, RMSNorm
 from dsv3_mini.moe import Routing
 
 
@@ -57,7 +57,7 @@ class MTPLayer(DecoderLayer):
         self.embed_tokens = embed_tokens
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = SharedHead(config, head)
 
     def forward(  # type: ignore[override]

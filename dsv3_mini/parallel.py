@@ -120,7 +120,7 @@ class ParallelExperts(Experts):
         chunks = x_MD[row].split(chosen_ML.count_nonzero(dim=0).tolist())
         weights = (_local(p).unbind() for p in (self.gate_proj, self.up_proj, self.down_proj))
         # Also over empty chunks: an idle expert has a gradient of 0, and its weights decay.
-        outs = [self._swiglu(x, *parts) for x, *parts in zip(chunks, *weights, strict=True)]
+        outs = [self._swiglu(x, 1.0, *parts) for x, *parts in zip(chunks, *weights, strict=True)]
         gates = gates_ML[row, expert, None]
         return torch.zeros_like(x_MD).index_add(0, row, torch.cat(outs) * gates)
 

@@ -22,7 +22,8 @@ from dsv3_mini.accounting import (
     forward_flops,
     training_flops_per_token,
 )
-from dsv3_mini.fp8 import convert_to_fp8, formats
+from dsv3_mini.course.fp8_formats import formats
+from dsv3_mini.fp8 import convert_to_fp8
 from dsv3_mini.moe import Experts
 from tests.reference import oracles
 

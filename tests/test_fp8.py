@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dsv3_mini import ModelConfig, Transformer, fp8
 from dsv3_mini.checkpoint import load_pretrained, save_pretrained
+from dsv3_mini.course.fp8_formats import formats
 from dsv3_mini.fp8 import E4M3, E5M2, KEPT, SQUARE, TENSOR, TILE, Block, Recipe, convert_to_fp8
 from dsv3_mini.fp8_numbers import _scaled_mm
 from tests.reference import fp8 as reference
@@ -252,7 +253,7 @@ def test_what_is_converted(keep: tuple[str, ...]) -> None:
         cast = type(module) is fp8.Fp8Linear or "linear" in vars(module)
         assert cast == (name in wanted), name
         assert type(module) in (type(old), fp8.Fp8Linear)
-    for row, (name, _) in zip(fp8.formats(model), plain.named_parameters(), strict=True):
+    for row, (name, _) in zip(formats(model), plain.named_parameters(), strict=True):
         cast = name.removesuffix(".weight") in wanted or name.rpartition(".")[0] in wanted
         told = ("E4M3 1x128", "E4M3 128x128", "E4M3 1x128") if cast else ("float32",) * 3
         assert row == (name, "float32", *told)
@@ -283,13 +284,13 @@ def test_parameters_stay(tmp_path: Path) -> None:
 def test_the_last_recipe_counts() -> None:
     once, twice = tiny(), tiny()
     convert_to_fp8(twice, Recipe(E5M2, E5M2, TENSOR, TENSOR, TENSOR))
-    assert {row.input for row in fp8.formats(twice)} == {"E5M2 allxall", "float32"}
+    assert {row.input for row in formats(twice)} == {"E5M2 allxall", "float32"}
     for model in (once, twice):
         convert_to_fp8(model, Recipe(torch.bfloat16, E5M2, gradient_block=(1, None)))
     assert torch.equal(outputs(once), outputs(twice))
-    assert fp8.formats(once) == fp8.formats(twice)
+    assert formats(once) == formats(twice)
     told = ("float32", "bfloat16", "bfloat16", "E5M2 1xall")
-    assert {row[1:] for row in fp8.formats(twice)} == {told, ("float32",) * 4}
+    assert {row[1:] for row in formats(twice)} == {told, ("float32",) * 4}
 
 
 @pytest.mark.parametrize(("biases", "keep", "message"), [

@@ -15,7 +15,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from dsv3_mini import ModelConfig, Transformer
-from dsv3_mini.fp8 import E4M3, E5M2, TENSOR, Recipe, convert_to_fp8, formats, quantize
+from dsv3_mini.course.fp8_formats import formats
+from dsv3_mini.fp8 import E4M3, E5M2, TENSOR, Recipe, convert_to_fp8, quantize
 from dsv3_mini.viz import fp8_explorer
 from dsv3_mini.viz.fp8 import (
     WIDEST,

@@ -1,4 +1,4 @@
-"""layers: RMSNorm and SwiGLU against numpy, attention against a loop over queries."""
+"""layers: products, RMSNorm and SwiGLU against numpy, attention against a loop over queries."""
 
 from __future__ import annotations
 
@@ -7,10 +7,71 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mini.layers import RMSNorm, SwiGLU, attend, causal_mask
+from dsv3_mini.layers import FEW_ROWS, RMSNorm, SwiGLU, attend, causal_mask, linear
 from tests.reference import oracles
+
+# ----------------------------------------------------------------------------------------- products
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the batches that ``linear`` makes where torch has three threads to give."""
+    calls: list[tuple[int, ...]] = []
+    bmm = torch.bmm
+
+    def noted(x: Tensor, weights: Tensor) -> Tensor:
+        calls.append(tuple(weights.shape))
+        return bmm(x, weights)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "bmm", noted)
+    return calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("leading", [(), (1, 1), (0,), (2, 3), (FEW_ROWS,)])
+def test_few_rows_are_shared_out_and_the_same(
+    leading: tuple[int, ...], shared: list[tuple[int, ...]]
+) -> None:
+    x, weight = torch.randn(*leading, 256), torch.randn(258, 256)
+    out = linear(x, weight)
+    assert shared == [(3, 256, 86)]
+    expected = np.einsum("...i,oi->...o", x.double().numpy(), weight.double().numpy())
+    assert out.shape == expected.shape
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "dtype", "learns"),
+    [
+        (FEW_ROWS + 1, 258, torch.float32, False),
+        (1, 255, torch.float32, False),  # 65,280 weights
+        (1, 257, torch.float32, False),  # not a third each
+        (1, 258, torch.bfloat16, False),
+        (1, 258, torch.float32, True),
+    ],
+)
+def test_all_else_is_one_product(
+    rows: int, outputs: int, dtype: torch.dtype, learns: bool, shared: list[tuple[int, ...]]
+) -> None:
+    x, weight = torch.randn(rows, 256, dtype=dtype), torch.randn(outputs, 256, dtype=dtype)
+    with torch.set_grad_enabled(learns):
+        out = linear(x, weight)
+    assert torch.equal(out, F.linear(x, weight))
+    assert not shared
+
+
+def test_one_thread_gets_one_product(
+    monkeypatch: pytest.MonkeyPatch, shared: list[tuple[int, ...]]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    with torch.no_grad():
+        linear(torch.ones(1, 256), torch.ones(258, 256))
+    assert not shared
+
 
 # ---------------------------------------------------------------------------------------- RMSNorm
 

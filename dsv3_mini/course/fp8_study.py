@@ -29,6 +29,7 @@ import torch
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.course.experts import small_moe
+from dsv3_mini.course.fp8_formats import formats
 from dsv3_mini.course.runs import run_all
 from dsv3_mini.course.trained import load_trained
 from dsv3_mini.data import load_corpus
@@ -41,7 +42,6 @@ from dsv3_mini.fp8 import (
     Recipe,
     convert_to_fp8,
     dequantize,
-    formats,
     quantize,
 )
 from dsv3_mini.model import Transformer

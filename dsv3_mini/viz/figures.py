@@ -13,7 +13,8 @@ import torch
 from matplotlib.figure import Figure
 
 from dsv3_mini.config import ModelConfig
-from dsv3_mini.fp8 import Format, convert_to_fp8
+from dsv3_mini.course.fp8_formats import Format
+from dsv3_mini.fp8 import convert_to_fp8
 from dsv3_mini.model import Transformer
 from dsv3_mini.viz.block_diagram import block_diagram
 from dsv3_mini.viz.explorer import breakdown

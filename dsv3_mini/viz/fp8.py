@@ -5,7 +5,7 @@ many, so what is rounded loses the same share whether it is large or small, unti
 no lower value: below that codes are equally far apart, and there are fewer and fewer of them.
 
 ``number_line``, ``format_picture`` and ``format_text`` are plain functions of a dtype or of rows
-that ``dsv3_mini.fp8.formats`` gives.
+that ``dsv3_mini.course.fp8_formats.formats`` gives.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
-from dsv3_mini.fp8 import E4M3, E5M2, NAMES, Format, formats
+from dsv3_mini.course.fp8_formats import Format, formats
+from dsv3_mini.fp8 import E4M3, E5M2, NAMES
 from dsv3_mini.viz.style import COLOURS, INK, new_figure, styled
 
 WIDEST = 100  # characters of a line of text
