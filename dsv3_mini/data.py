@@ -20,6 +20,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,10 +84,12 @@ def _docstrings(file: Path) -> str:
 
 
 def _files(prefix: str, folder: Path, read: Callable[[Path], str]) -> Iterator[Document]:
-    for file in folder.rglob("*.py"):
-        parts = file.relative_to(folder).parts
-        if not SKIP & set(parts) and not parts[-1].startswith("_sysconfigdata"):
-            yield Document("/".join((prefix, *parts)), partial(read, file))
+    for where, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIP]  # site-packages can be large
+        for file in (Path(where, name) for name in names if name.endswith(".py")):
+            if file.name not in SKIP and not file.name.startswith("_sysconfigdata"):
+                name = "/".join((prefix, *file.relative_to(folder).parts))
+                yield Document(name, partial(read, file))
 
 
 def _chapters() -> Iterator[Document]:
