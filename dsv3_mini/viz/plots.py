@@ -7,6 +7,7 @@ Why labels at the ends: a reader should not have to match five greys with a lege
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -132,8 +133,8 @@ def stacks(
 def _level(axes: Axes, name: str, height: float, colour: str) -> None:
     axes.axhline(height, color=colour, linestyle="--", linewidth=1.2)
     axes.annotate(
-        name, (1, height), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", ha="right", fontsize=9,
+        fill(name, 14), (1, height), xycoords=("axes fraction", "data"), xytext=(5, 0),
+        textcoords="offset points", va="center", fontsize=9,
     )  # fmt: skip
 
 
