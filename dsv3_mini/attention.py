@@ -25,10 +25,10 @@ class GroupedQueryAttention(nn.Module):
         super().__init__()
         self.config = config
         width, hidden = config.v_head_dim, config.hidden_size
-        self.q_proj = Linear(hidden, config.num_attention_heads * width, bias=False)
-        self.k_proj = Linear(hidden, config.num_key_value_heads * width, bias=False)
-        self.v_proj = Linear(hidden, config.num_key_value_heads * width, bias=False)
-        self.o_proj = Linear(config.num_attention_heads * width, hidden, bias=False)
+        self.q_proj = Linear(hidden, config.num_attention_heads * width)
+        self.k_proj = Linear(hidden, config.num_key_value_heads * width)
+        self.v_proj = Linear(hidden, config.num_key_value_heads * width)
+        self.o_proj = Linear(config.num_attention_heads * width, hidden)
 
     def forward(
         self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, cache: Cache | None = None,

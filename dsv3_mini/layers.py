@@ -40,20 +40,23 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     A decode step waits for weights. In fp32 torch reads those of a product with few rows on one
     thread, but shares a batch of products out: here each thread's is a part of the outputs.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or weight.numel() < MANY_WEIGHTS or torch.is_grad_enabled():
+    threads, (outputs, inputs) = torch.get_num_threads(), weight.shape
+    if (
+        threads == 1 or outputs % threads or weight.numel() < MANY_WEIGHTS
+        or x.numel() > FEW_ROWS * inputs or x.dtype != torch.float32 or not x.is_cpu
+        or torch.is_grad_enabled()
+    ):  # fmt: skip
         return F.linear(x, weight)
-    outputs, inputs = weight.shape
-    rows, ours = x.numel() // inputs, (x.device.type, x.dtype) == ("cpu", torch.float32)
-    if not ours or rows > FEW_ROWS or outputs % threads:
-        return F.linear(x, weight)
-    x_PMI = x.reshape(1, rows, inputs).expand(threads, -1, -1)
+    x_PMI = x.reshape(1, -1, inputs).expand(threads, -1, -1)
     out_PMO = torch.bmm(x_PMI, weight.view(threads, -1, inputs).mT)
     return out_PMO.transpose(0, 1).reshape(*x.shape[:-1], outputs)
 
 
 class Linear(nn.Linear):
-    """An ``nn.Linear`` that multiplies by ``linear``; for those without bias."""
+    """An ``nn.Linear`` without bias that multiplies by ``linear``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
@@ -65,9 +68,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = Linear(width, inner, bias=False)
-        self.up_proj = Linear(width, inner, bias=False)
-        self.down_proj = Linear(inner, width, bias=False)
+        self.gate_proj = Linear(width, inner)
+        self.up_proj = Linear(width, inner)
+        self.down_proj = Linear(inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as x (..., width)."""

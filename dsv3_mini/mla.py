@@ -48,17 +48,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.config = config
         heads, hidden = config.num_attention_heads, config.hidden_size
         if config.q_lora_rank is None:
-            self.q_proj = Linear(hidden, heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(hidden, heads * config.qk_head_dim)
         else:
-            self.q_a_proj = Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(hidden, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
-            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, heads * config.qk_head_dim)
         latent = config.kv_lora_rank + config.qk_rope_head_dim
-        self.kv_a_proj_with_mqa = Linear(hidden, latent, bias=False)
+        self.kv_a_proj_with_mqa = Linear(hidden, latent)
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, config.rms_norm_eps)
         expanded = heads * (config.qk_nope_head_dim + config.v_head_dim)
-        self.kv_b_proj = Linear(config.kv_lora_rank, expanded, bias=False)
-        self.o_proj = Linear(heads * config.v_head_dim, hidden, bias=False)
+        self.kv_b_proj = Linear(config.kv_lora_rank, expanded)
+        self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
     def queries(self, x_BTD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor]:
         """q^C (B, H, T, N) and the rotated q^R (B, H, T, R), made from c^Q: report eqs 6-8."""

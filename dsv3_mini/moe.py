@@ -22,13 +22,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from dsv3_mini.config import ModelConfig
 from dsv3_mini.layers import SwiGLU, linear
 
 Parts = Sequence[Tensor]
-Run = Callable[[Tensor, Tensor, Tensor, Parts | None], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Tensor, Parts | None], Tensor]
 BLOCK_ROWS = 1024
 """Rows of experts at once where no gradient is wanted: 2 MB at 512 wide, a core's cache."""
 
@@ -122,15 +123,13 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, inner, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
 
-    def one(self, expert: int, x_ND: Tensor, weights_N1: Tensor | float = 1.0) -> Tensor:
-        """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D), times ``weights_N1``."""
+    def one(self, expert: int, x_ND: Tensor) -> Tensor:
+        """Expert number ``expert`` on tokens (N, D): SwiGLU, (N, D)."""
         parts = self.gate_proj[expert], self.up_proj[expert], self.down_proj[expert]
-        return self._swiglu(x_ND, weights_N1, *parts)
+        return self._swiglu(x_ND, 1.0, *parts)
 
-    def _swiglu(
-        self, x_ND: Tensor, weights_N1: Tensor | float, gate_FD: Tensor, up_FD: Tensor,
-        down_DF: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def _swiglu(self, x_ND: Tensor, weights_N1: Tensor | float, *parts: Tensor) -> Tensor:
+        gate_FD, up_FD, down_DF = parts
         gate_NF, up_NF = self.linear(x_ND, gate_FD), self.linear(x_ND, up_FD)
         return self.linear(weighted_swiglu(gate_NF, up_NF, weights_N1), down_DF)
 
@@ -140,17 +139,26 @@ class Experts(nn.Module):
         weights_NK = weights_NK.to(x_ND.dtype)
         group, learns = self._can_group(x_ND, len(flat)), torch.is_grad_enabled()
         if len(x_ND) == 1 and not (group or learns):  # nothing to sort
-            chosen = zip(flat.tolist(), weights_NK[0], strict=True)
-            return sum((self.one(expert, x_ND, g) for expert, g in chosen), torch.zeros_like(x_ND))
+            return self.together(x_ND, flat.tolist(), weights_NK.mT)
         order_R = flat.argsort(stable=True)
         token_R, weights_R1 = order_R // indices_NK.shape[1], weights_NK.flatten()[order_R, None]
         counts_E = _count(flat, self.gate_proj.shape[0])
         run = self.grouped if group else self.in_turn
         if x_ND.device.type == "cpu" and not learns:
             return self.in_blocks(run, x_ND, token_R, weights_R1, counts_E)
-        out_RD = run(x_ND.index_select(0, token_R), weights_R1, counts_E, None)
+        out_RD = run(x_ND, token_R, weights_R1, counts_E, None)
         # order[r] says which choice row r is, its inverse in which row a choice lies.
         return F.embedding_bag(order_R.argsort().view_as(indices_NK), out_RD, mode="sum")
+
+    def together(self, x_1D: Tensor, chosen: Sequence[int], weights_K1: Tensor) -> Tensor:
+        """One token through its K experts, (1, D): what lies between products is done once."""
+        gate_KF, up_KF = (
+            torch.cat([self.linear(x_1D, weight[expert]) for expert in chosen])
+            for weight in (self.gate_proj, self.up_proj)
+        )
+        inner_K1F = weighted_swiglu(gate_KF, up_KF, weights_K1).split(1)
+        down_KDF = (self.down_proj[expert] for expert in chosen)
+        return torch.cat(list(map(self.linear, inner_K1F, down_KDF))).sum(dim=0, keepdim=True)
 
     def in_blocks(
         self, run: Run, x_ND: Tensor, token_R: Tensor, weights_R1: Tensor, counts_E: Tensor
@@ -164,13 +172,18 @@ class Experts(nn.Module):
         )  # fmt: skip
         out_ND = torch.zeros_like(x_ND)
         for token, weights, counts, *parts in blocks:
-            out_ND.index_add_(0, token, run(x_ND.index_select(0, token), weights, counts, parts))
+            out_ND.index_add_(0, token, run(x_ND, token, weights, counts, parts))
         return out_ND
 
     def in_turn(
-        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
-    ) -> Tensor:
-        """Rows sorted by expert through one after the other; ``parts`` if not all are counted."""
+        self, x_ND: Tensor, token_R: Tensor, weights_R1: Tensor, counts_E: Tensor,
+        parts: Parts | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Rows sorted by expert through one after the other, (R, D).
+
+        Row r is token ``token_R[r]``; ``parts`` are the weights if not all experts are counted.
+        """
+        rows_RD = x_ND.index_select(0, token_R)
         # Indexing would make a gradient as large as all experts for each one of them.
         experts = zip(*(w.unbind() for w in parts or self.parameters()), strict=True)
         sizes = counts_E.tolist()
@@ -183,15 +196,24 @@ class Experts(nn.Module):
         return torch.cat(outs) if outs else rows_RD
 
     def grouped(
-        self, rows_RD: Tensor, weights_R1: Tensor, counts_E: Tensor, parts: Parts | None = None
-    ) -> Tensor:
+        self, x_ND: Tensor, token_R: Tensor, weights_R1: Tensor, counts_E: Tensor,
+        parts: Parts | None = None,
+    ) -> Tensor:  # fmt: skip
         """The same in three launches, without the CPU knowing the counts."""
         ends_E = counts_E.cumsum(0).int()
         gate, up, down = (w.mT for w in parts or self.parameters())
-        rows = (*(F.grouped_mm(rows_RD, w, offs=ends_E) for w in (gate, up)), weights_R1)
-        # Training keeps gate and up, and makes what lies between the products again.
+
+        def select(kept: Tensor | None = None) -> Tensor:
+            return x_ND.index_select(0, token_R) if kept is None else kept
+
+        rows_RD = select()
+        # Training keeps gate and up. The rows, K times x, and what lies between the products it
+        # makes again; of what products keep, only the rows have two dimensions.
+        with saved_tensors_hooks(lambda kept: None if kept.dim() == 2 else kept, select):
+            gate_RF, up_RF = (F.grouped_mm(rows_RD, w, offs=ends_E) for w in (gate, up))
+        between = gate_RF, up_RF, weights_R1
         again = partial(checkpoint, weighted_swiglu, use_reentrant=False, preserve_rng_state=False)
-        inner_RF = again(*rows) if torch.is_grad_enabled() else weighted_swiglu(*rows)
+        inner_RF = again(*between) if torch.is_grad_enabled() else weighted_swiglu(*between)
         return F.grouped_mm(inner_RF, down, offs=ends_E)
 
     def _can_group(self, x: Tensor, rows: int) -> bool:

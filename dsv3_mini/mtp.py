@@ -57,7 +57,7 @@ class MTPLayer(DecoderLayer):
         self.embed_tokens = embed_tokens
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size)
         self.shared_head = SharedHead(config, head)
 
     def forward(  # type: ignore[override]

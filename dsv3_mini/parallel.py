@@ -117,12 +117,14 @@ class ParallelExperts(Experts):
     def local(self, x_MD: Tensor, gates_ML: Tensor, chosen_ML: Tensor) -> Tensor:
         """This rank's experts on what arrived: (M, D), a row's chosen ones weighted and summed."""
         expert, row = chosen_ML.T.nonzero(as_tuple=True)  # sorted by expert
-        chunks = x_MD[row].split(chosen_ML.count_nonzero(dim=0).tolist())
+        sizes = chosen_ML.count_nonzero(dim=0).tolist()
+        chunks = zip(x_MD[row].split(sizes), gates_ML[row, expert, None].split(sizes), strict=True)
         weights = (_local(p).unbind() for p in (self.gate_proj, self.up_proj, self.down_proj))
         # Also over empty chunks: an idle expert has a gradient of 0, and its weights decay.
-        outs = [self._swiglu(x, 1.0, *parts) for x, *parts in zip(chunks, *weights, strict=True)]
-        gates = gates_ML[row, expert, None]
-        return torch.zeros_like(x_MD).index_add(0, row, torch.cat(outs) * gates)
+        outs = [
+            self._swiglu(*chunk, *parts) for chunk, *parts in zip(chunks, *weights, strict=True)
+        ]
+        return torch.zeros_like(x_MD).index_add(0, row, torch.cat(outs))
 
 
 def _local(parameter: Tensor) -> Tensor:

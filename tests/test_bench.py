@@ -74,7 +74,7 @@ def tiny_results() -> Results:
 
 def test_everything_is_measured(tiny_results: Results) -> None:
     raced = {(race.what, race.size, race.at): set(race.seconds) for race in tiny_results.races}
-    whole, moe = {OURS, DEFAULT, EAGER, LLAMA}, {OURS, DEFAULT, EAGER, layers.LIMIT}
+    whole, moe = {OURS, DEFAULT, EAGER, LLAMA}, {OURS, DEFAULT, EAGER, layers.LIMIT, PRODUCTS}
     expected = {("training step", "tiny", 2): whole | {PRODUCTS}}
     for length, context in ((8, 5), (70, 70)):
         for what, at in (("prefill", length), ("decode", context)):
@@ -95,7 +95,9 @@ def test_everything_is_measured(tiny_results: Results) -> None:
         assert (PRODUCTS in race.seconds) == bool(race.launches), race.label
     samples = [times for race in tiny_results.races for times in race.seconds.values()]
     assert all(len(times) == 2 and min(times) > 0 for times in samples)
-    assert {one.what for one in tiny_results.held} == {memory.TRAINING, memory.PREFILL, CACHE}
+    assert {one.what for one in tiny_results.held} == {
+        memory.TRAINING, memory.LIVE, memory.PREFILL, CACHE,
+    }  # fmt: skip
     assert len(tiny_results.curves) == 7
     assert (drafts := tiny_results.drafts) is not None
     assert 1 <= drafts.drafted <= drafts.steps < drafts.tokens == 5

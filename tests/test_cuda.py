@@ -35,11 +35,12 @@ def test_grouped_experts_equal_those_in_turn(counts: list[int]) -> None:
     config = ModelConfig.tiny().replace(hidden_size=64, moe_intermediate_size=32)
     layer = randomise(Transformer(config), 0).model.layers[1]
     experts = layer.get_submodule("mlp.experts").to("cuda", torch.bfloat16)
-    rows = torch.randn(sum(counts), 64, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(3, 64, device="cuda", dtype=torch.bfloat16)
+    token = torch.randint(3, (sum(counts),), device="cuda")
     gates = torch.rand(sum(counts), 1, device="cuda", dtype=torch.bfloat16)
     wanted = torch.tensor(counts, device="cuda")
     with torch.no_grad():
-        ours, others = (run(rows, gates, wanted) for run in (experts.grouped, experts.in_turn))
+        ours, others = (run(x, token, gates, wanted) for run in (experts.grouped, experts.in_turn))
     torch.testing.assert_close(ours, others, rtol=0.05, atol=0.05 * float(others.abs().max()))
 
 

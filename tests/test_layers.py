@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsv3_mini.layers import FEW_ROWS, RMSNorm, SwiGLU, attend, causal_mask, linear
+from dsv3_mini.layers import FEW_ROWS, Linear, RMSNorm, SwiGLU, attend, causal_mask, linear
 from tests.reference import oracles
 
 # ----------------------------------------------------------------------------------------- products
@@ -71,6 +71,12 @@ def test_one_thread_gets_one_product(
     with torch.no_grad():
         linear(torch.ones(1, 256), torch.ones(258, 256))
     assert not shared
+
+
+def test_linear_takes_no_bias() -> None:
+    assert Linear(3, 2).bias is None
+    with pytest.raises(TypeError, match="bias"):
+        Linear(3, 2, bias=True)  # type: ignore[call-arg]
 
 
 # ---------------------------------------------------------------------------------------- RMSNorm

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dsv3_mini import ModelConfig
 from dsv3_mini.moe import Experts, Gate, MoE, Routing
+from tests.allocations import held
 from tests.reference import oracles
 
 SEEDS = pytest.mark.parametrize("seed", range(8))
@@ -389,16 +390,17 @@ def test_one_expert_by_hand() -> None:
 @pytest.mark.parametrize("counts", [[3, 0, 1, 5, 0, 0, 2, 1], [0] * 7 + [4], [2] * 8])
 def test_grouped_and_in_turn_agree_with_gradients(counts: list[int], dtype: torch.dtype) -> None:
     experts = some_moe(ModelConfig.tiny()).experts.to(dtype)
-    rows, wanted = torch.randn(sum(counts), 32, dtype=dtype), torch.tensor(counts)
+    x_ND, wanted = torch.randn(3, 32, dtype=dtype), torch.tensor(counts)
+    token = torch.randint(3, (sum(counts),))
     gates = torch.rand(sum(counts), 1, dtype=dtype)
     results = []
     for run in (experts.in_turn, experts.grouped):
-        x, g = rows.clone().requires_grad_(), gates.clone().requires_grad_()
-        out = run(x, g, wanted)
+        x, g = x_ND.clone().requires_grad_(), gates.clone().requires_grad_()
+        out = run(x, token, g, wanted)
         grads = torch.autograd.grad(out.float().square().sum(), (x, g, *experts.parameters()))
         results.append([out.detach(), *grads])
         with torch.no_grad():
-            assert torch.equal(run(x, g, wanted), out)
+            assert torch.equal(run(x, token, g, wanted), out)
     for ours, others in zip(*results, strict=True):
         scale = float(others.abs().max())
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
@@ -437,25 +439,32 @@ def test_what_runs_without_a_gradient_equals_what_learns(
     torch.testing.assert_close(plain, dense, rtol=0, atol=1e-6)
 
 
-def test_a_step_keeps_no_expert_s_result() -> None:
-    """Of a layer's rows training holds x, gate, up and what the last product reads, each once.
+def test_a_step_keeps_three_products_operands_and_nothing_as_wide_as_x() -> None:
+    """For each row training holds gate, up and what the last product reads.
 
-    A weighted sum over a token's choices would want every expert's result, as wide as x.
+    Neither the rows themselves nor an expert's result, both K times as large as x.
     """
     moe = some_moe(ModelConfig.tiny())
-    x = torch.randn(40, 32, requires_grad=True)
+    x = torch.randn(400, 32, requires_grad=True)
     routing = moe.gate(x[None])
-    rows, inner = routing.indices_BTK.numel(), moe.experts.gate_proj.shape[1]
-    kept: dict[int, int] = {}
+    indices, weights = routing.indices_BTK[0], routing.weights_BTK[0].detach()
+    rows, inner = indices.numel(), moe.experts.gate_proj.shape[1]
+    live = held(lambda: moe.experts(x, indices, weights))[-1]
+    # And 28 bytes a row of places and gates, less than a fourth tensor as wide would be.
+    assert 0 < live - x.nbytes - 3 * rows * inner * 4 < rows * inner * 4
 
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 2 and len(tensor) == rows:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.shape[1]
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        moe.experts(x, routing.indices_BTK[0], routing.weights_BTK[0])
-    assert sorted(width for width in kept.values() if width > 1) == [inner, inner, inner, 32]
+def test_two_backward_passes_give_what_one_does() -> None:
+    """What is made again for the first pass is made again for the second."""
+    moe = some_moe(ModelConfig.tiny())
+    x = torch.randn(1, 40, 32, requires_grad=True)
+    out, _ = moe(x)
+    targets = (x, *moe.experts.parameters())
+    first, second = (
+        torch.autograd.grad(out.square().sum(), targets, retain_graph=True) for _ in range(2)
+    )
+    for ours, others in zip(first, second, strict=True):
+        assert torch.equal(ours, others)
 
 
 def test_brute_force_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

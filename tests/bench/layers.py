@@ -99,9 +99,11 @@ def moe_races(plan: Plan, threads: list[int]) -> list[Race]:
                 on_path()
                 assert_same(ours(x)[0], theirs(x), f"MoE layer of {experts} experts, {name}")
             entrants[LIMIT] = matmul_limit(config, x[0])
+            entrants[PRODUCTS], launches = products_alone(entrants[OURS])
             for count in threads:
                 torch.set_num_threads(count)
-                race = Race(moe_name(tokens), MOE_SIZE, experts, "experts", count)
+                what, unit = moe_name(tokens), "experts"
+                race = Race(what, MOE_SIZE, experts, unit, count, launches=launches)
                 races.append(run_race(race, entrants, plan.pace))
     return races
 
