@@ -57,9 +57,11 @@ def ratios(axes: Axes, results: Results) -> None:
     rows = rows_of(results)
     names = list(dict.fromkeys(name for _, others in rows for name in others))
     for index, name in enumerate(names):
-        shift = (index - (len(names) - 1) / 2) * 0.15
+        # Below each other in their row, however many others there are elsewhere.
         found = [
-            (at + shift, others[name]) for at, (_, others) in enumerate(rows) if name in others
+            (at + (list(others).index(name) - (len(others) - 1) / 2) * 0.18, others[name])
+            for at, (_, others) in enumerate(rows)
+            if name in others
         ]
         heights = [height for height, _ in found]
         middle = [ratio[0] for _, ratio in found]
