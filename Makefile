@@ -41,8 +41,8 @@ site: .venv/.ready ## everything to read in a browser, without Python: build/sit
 slides: .venv/.ready ## a deck for each notebook: build/slides
 	$(RUN) -m sphinx -q -W --keep-going -E -c docs -d build/doctrees -b slides . build/slides
 
-bench: .venv/.ready ## beside transformers and a Llama, 20 minutes: the README's table, figures/bench.*
-	$(RUN) -m tests.bench --publish
+bench: .venv/.ready ## beside transformers and a Llama, half an hour: the README's table, figures/bench.*
+	$(RUN) -m tests.bench --notebooks --publish
 
 mutants: .venv/.ready ## mistakes on purpose, large and small, an hour: a test must catch each
 	$(RUN) -m tests.mutants --write --jobs 2

@@ -246,6 +246,11 @@ def test_tables_say_what_was_measured() -> None:
         "| decode, 1,024 tokens, mini | 500 ms | other 1.00 |",
         "| cache, 1,024 tokens, mini | 3.00 MiB | other 1.00 |",
     ]
+    timed = notebooks.NotebookTimes(301.2, True, {"a": 1.0, "b": 300.0})
+    with_notebooks = dataclasses.replace(MADE_UP, notebooks=timed)
+    last = report.summary(with_notebooks).splitlines()[-1]
+    assert last == "| 2 notebooks, executed and compared | 301 s |  |"
+    assert "| b | 300.0 |" in report.markdown(with_notebooks).splitlines()
     rows = [("decode, 128 tokens, mini", (2.0, 1.0, 3.0))]
     rows += [
         ("decode, 1,024 tokens, mini", (1.0, 0.5, 1.5)),

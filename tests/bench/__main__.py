@@ -1,4 +1,4 @@
-"""Measure and write: ``python -m tests.bench``, a quarter of an hour; ``--quick``, a minute.
+"""Measure and write: ``python -m tests.bench``, about 25 minutes; ``--quick``, a minute.
 
 The whole of it holds up to 12 GB: three sets of weights with their optimizers train side by side.
 """

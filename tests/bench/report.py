@@ -184,6 +184,9 @@ def summary(results: Results) -> str:
         ratios = ", ".join(f"{name} {digits(one.ratio(name))}" for name in list(one.nbytes)[1:])
         first = next(iter(one.nbytes.values()))
         rows.append([one.label, size_of(first), ratios])
+    if results.notebooks is not None:
+        count, wall = len(results.notebooks.each), results.notebooks.wall
+        rows.append([f"{count} notebooks, executed and compared", duration(wall), ""])
     threads = "1 thread" if results.most_threads == 1 else f"{results.most_threads} threads"
     return (
         f"{results.machine.line()}; {threads}, fp32. Medians; the others as multiples of ours.\n\n"
