@@ -102,8 +102,9 @@ def moe_races(plan: Plan, threads: list[int]) -> list[Race]:
             entrants[PRODUCTS], launches = products_alone(entrants[OURS])
             for count in threads:
                 torch.set_num_threads(count)
-                what, unit = moe_name(tokens), "experts"
-                race = Race(what, MOE_SIZE, experts, unit, count, launches=launches)
+                race = Race(
+                    moe_name(tokens), MOE_SIZE, experts, "experts", count, launches=launches
+                )
                 races.append(run_race(race, entrants, plan.pace))
     return races
 
